@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Changes to vLLM's behaviour, applied at run time.
+
+Each function here is the run-time form of one file in ``patches/``, which says why the change is
+needed and when it can go. `apply` is idempotent; what it changes was checked by `seams`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.utils import cpu_triton_utils
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_subspec.engine.failure import FailedOutput, fail_requests
+
+_MARK = "_vllm_subspec_patch"
+
+
+def apply() -> None:
+    """Apply every patch that is not yet in force."""
+    for patch in (_lookahead, _expand_kernel, _cpu_generators, _failed_steps):
+        patch()
+
+
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    original = owner.__dict__[name]
+    if getattr(original, _MARK, False) or getattr(
+        getattr(original, "fget", None), _MARK, False
+    ):
+        return
+    replacement = make(original)
+    setattr(getattr(replacement, "fget", replacement), _MARK, True)
+    setattr(owner, name, replacement)
+
+
+def _lookahead() -> None:
+    """patches/0001: reserve KV slots behind the committed tokens for our drafts."""
+
+    def make(original: property) -> property:
+        read = original.fget
+        assert read is not None
+
+        def num_lookahead_tokens(self: VllmConfig) -> int:
+            extra = self.additional_config
+            if isinstance(extra, dict) and "subspec" in extra:
+                return self.num_speculative_tokens
+            lookahead: int = read(self)
+            return lookahead
+
+        return property(num_lookahead_tokens, doc=original.__doc__)
+
+    _replace(VllmConfig, "num_lookahead_tokens", make)
+
+
+def _expand_kernel() -> None:
+    """patches/0002: the CPU form of the sampler's expand kernel wrote into a temporary."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def expand(
+            output: torch.Tensor,
+            input_val: torch.Tensor,
+            cu_num_tokens: torch.Tensor,
+            replace_from: float,
+            replace_to: float,
+            MAX_NUM_TOKENS: int | None = None,  # noqa: N803 - the kernel's own parameter
+        ) -> None:
+            counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+            values = input_val.masked_fill(input_val == replace_from, replace_to)
+            output.copy_(values.repeat_interleave(counts.to(torch.int64)))
+
+        return expand
+
+    _replace(cpu_triton_utils, "_expand_kernel_impl", make)
+
+
+def _cpu_generators() -> None:
+    """patches/0003: undo, on the CPU, what a discarded sample took from a request's generator.
+
+    vLLM rewinds the generator by an offset, which only CUDA generators have.
+    """
+
+    def discarded(runner: CPUModelRunner) -> list[int]:
+        mask = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+        return [i for i in mask.nonzero()[0].tolist() if i in runner.input_batch.generators]
+
+    def sample(original: Any) -> Any:
+        @functools.wraps(original)
+        def _sample(self: CPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+            generators = self.input_batch.generators
+            before = {i: generators[i].get_state() for i in discarded(self)}
+            output = original(self, *args, **kwargs)
+            for i, state in before.items():
+                generators[i].set_state(state)
+            return output
+
+        return _sample
+
+    def bookkeeping(original: Any) -> Any:
+        @functools.wraps(original)
+        def _bookkeeping_sync(self: CPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+            generators = self.input_batch.generators
+            held_back = {i: generators.pop(i) for i in discarded(self)}
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                generators.update(held_back)
+
+        return _bookkeeping_sync
+
+    for name, make in (("_sample", sample), ("_bookkeeping_sync", bookkeeping)):
+        if name not in CPUModelRunner.__dict__:  # inherited: the GPU runner keeps its own
+            setattr(CPUModelRunner, name, make(getattr(CPUModelRunner, name)))
+
+
+def _failed_steps() -> None:
+    """patches/0004: a failed pass ends its requests, not the engine."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def update_from_output(
+            self: Scheduler,
+            scheduler_output: SchedulerOutput,
+            model_runner_output: ModelRunnerOutput,
+        ) -> Any:
+            if isinstance(model_runner_output, FailedOutput):
+                fail_requests(self, model_runner_output)
+            return original(self, scheduler_output, model_runner_output)
+
+        return update_from_output
+
+    _replace(Scheduler, "update_from_output", make)

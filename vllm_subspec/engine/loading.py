@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""What happens to the weights while vLLM loads the target.
+
+    layer built   -> the memory plan says: resident or streamed
+    layer loaded  -> its substitutes are quantized; its full weights go into the store
+    all loaded    -> the ring is made and streaming begins; the draft is built
+
+A sound store of the same checkpoint is used again: the checkpoint is then not read for streamed
+layers, and their substitutes are quantized from the store.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from tqdm import tqdm
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from vllm_subspec.config import SubspecOptions
+from vllm_subspec.core.plan import MemoryPlan
+from vllm_subspec.engine.fingerprint import fingerprint, store_name
+from vllm_subspec.engine.residency import plan_residency
+from vllm_subspec.weights.kernels import SubstituteKernel
+from vllm_subspec.weights.ring import (
+    BlockSource,
+    CudaTransfer,
+    HostSource,
+    Ring,
+    ThreadTransfer,
+    Transfer,
+)
+from vllm_subspec.weights.store import (
+    BlockLayout,
+    StoreWriter,
+    WeightStore,
+    aligned_buffer,
+    open_or_create,
+)
+from vllm_subspec.weights.streaming import (
+    RING_CONTEXT,
+    StreamedLayer,
+    StreamingOffloader,
+    linears_of,
+)
+from vllm_subspec.weights.substitute import build_draft
+from vllm_subspec.weights.substitute_source import SubstituteSource
+
+logger = init_logger(__name__)
+
+
+class Loading:
+    """One worker's weights: where they lie, and how they got there.
+
+    Args:
+        vllm_config: the engine's configuration.
+        options: ours.
+        rank: this worker's tensor-parallel rank.
+        device: where the model computes.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, options: SubspecOptions, rank: int, device: torch.device
+    ) -> None:
+        self._config = vllm_config
+        self._options = options
+        self._rank = rank
+        self._device = device
+        self.offloader = StreamingOffloader(self._choose, self._absorb, self._begin)
+        self.substitutes: dict[nn.Module, SubstituteKernel] = {}
+        self.plan: MemoryPlan
+        self.store_path: str | None = None
+        self.store_reused = False
+        self.ring: Ring | None = None
+        self._source = SubstituteSource(vllm_config, options, rank, device)
+        self._store: WeightStore | None = None
+        self._writer: StoreWriter | None = None
+        self._host_blocks: list[torch.Tensor] = []
+        self._resident_substituted: set[nn.Module] = set()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While vLLM loads the target."""
+        self._progress = tqdm(
+            desc="Quantizing substitutes", unit="linear", disable=self._rank != 0, leave=True
+        )
+        try:
+            with _before_packing(self._substitute_resident):
+                yield
+        except BaseException:
+            if self._writer is not None:
+                self._writer.abort()
+            raise
+        finally:
+            self._progress.close()
+
+    def build_draft(self, target: nn.Module) -> nn.Module:
+        self._finish_store()
+        return build_draft(target, self.substitutes)
+
+    def _choose(self, first_layer: nn.Module) -> tuple[int, ...]:
+        self.plan = plan_residency(self._config, self._options, first_layer, self._device)
+        logger.info("Memory plan, per rank:\n%s", self.plan.describe())
+        return self.plan.streamed
+
+    def _begin(self, streamed: list[StreamedLayer]) -> bool:
+        chosen = set(self.plan.substituted) - set(self.plan.streamed)
+        for index in chosen:
+            self._resident_substituted.update(linears_of(self.offloader.layers[index]).values())
+        self._progress.total = len(self._resident_substituted) + sum(
+            len(layer.linears) for layer in streamed
+        )
+        if not streamed:
+            return False
+        if self._tier() == "host":
+            return False
+        blocks = [layer.layout for layer in streamed]
+        identity = fingerprint(self._config, self._rank)
+        folder = Path(self._options.store_dir or Path(envs.VLLM_CACHE_ROOT) / "subspec")
+        self.store_path = str(folder / store_name(self._config, self._rank))
+        opened = open_or_create(self.store_path, identity, blocks)
+        if isinstance(opened, WeightStore):
+            logger.info("Streaming from the weight store %s", self.store_path)
+            self._store = opened
+            self.store_reused = True
+            return True
+        logger.info("Writing the weight store %s", self.store_path)
+        self._writer = opened.__enter__()
+        return False
+
+    def _tier(self) -> str:
+        """``host`` or ``disk``."""
+        wanted = self._options.weight_source
+        if wanted != "auto":
+            return wanted
+        if self._device.type == "cpu":
+            return "disk"  # on the CPU, host memory is the device itself
+        # Leave a tenth for everything else on the host.
+        room = 0.9 * psutil.virtual_memory().available
+        return "host" if self.plan.store_bytes <= room else "disk"
+
+    def _absorb(self, layer: StreamedLayer) -> None:
+        tensors = layer.tensors()
+        self._substitute(layer, tensors)
+        if self._writer is not None:
+            self._writer.write_block(layer.block, tensors)
+        else:
+            block = _host_block(layer.layout, self._device)
+            for name, view in layer.layout.views(block).items():
+                view.copy_(tensors[name])
+            self._keep_host_block(layer.block, block)
+
+    def _keep_host_block(self, index: int, block: torch.Tensor) -> None:
+        while len(self._host_blocks) <= index:
+            self._host_blocks.append(block)
+        self._host_blocks[index] = block
+
+    def _substitute(self, layer: StreamedLayer, tensors: dict[str, torch.Tensor]) -> None:
+        for name, linear in layer.linears.items():
+            self._add(linear, tensors[name])
+
+    def _substitute_resident(self, linear: nn.Module) -> None:
+        if linear in self._resident_substituted and linear not in self.substitutes:
+            assert isinstance(linear, LinearBase)
+            self._add(linear, linear.weight.data)
+
+    def _add(self, linear: LinearBase, weight: torch.Tensor) -> None:
+        self.substitutes[linear] = self._source.substitute(linear, weight)
+        self._progress.update()
+
+    def _finish_store(self) -> None:
+        """Everything is loaded: make the store final and start streaming from it."""
+        if self._writer is not None:
+            self._writer.__exit__(None, None, None)
+            self._writer = None
+            assert self.store_path is not None
+            blocks = [layer.layout for layer in self.offloader.streamed]
+            identity = fingerprint(self._config, self._rank)
+            self._store = WeightStore.open(self.store_path, identity, blocks)
+        streamed = self.offloader.streamed
+        if not streamed:
+            return
+        sizes = [layer.layout.nbytes for layer in streamed]
+        source: BlockSource
+        if self._store is not None:
+            if self.store_reused:
+                self._substitute_from(self._store)
+            source = self._store.open_reader()
+            self._store.close()
+        else:
+            source = HostSource(self._host_blocks)
+        slots = [_slot(max(sizes), self._device) for _ in range(self.plan.ring_layers)]
+        transfer: Transfer
+        if self._device.type == "cuda":
+            pinned = isinstance(source, HostSource)
+            staging = [] if pinned else [_pinned(aligned_buffer(max(sizes))) for _ in range(2)]
+            transfer = CudaTransfer(source, slots, sizes, staging)
+        else:
+            transfer = ThreadTransfer(source, slots, sizes)
+        self.ring = Ring(transfer, sizes, len(slots))
+        self.offloader.attach(self.ring, slots)
+        context = self._config.compilation_config.static_forward_context
+        context[RING_CONTEXT] = self.ring
+
+    def _substitute_from(self, store: WeightStore) -> None:
+        reader = store.open_reader()
+        streamed = self.offloader.streamed
+        buffer = aligned_buffer(max(layer.layout.nbytes for layer in streamed))
+        try:
+            for layer in streamed:
+                reader.read(layer.block, buffer)
+                self._substitute(layer, layer.layout.views(buffer))
+        finally:
+            reader.close()
+
+
+@contextlib.contextmanager
+def _before_packing(offer: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Show ``offer`` every unquantized linear when it is loaded, before vLLM packs its weight.
+
+    On the CPU packing frees the plain weight, so this is the last moment to see it.
+    """
+    original = UnquantizedLinearMethod.process_weights_after_loading
+
+    @functools.wraps(original)
+    def process(self: Any, layer: nn.Module) -> None:
+        offer(layer)
+        original(self, layer)
+
+    UnquantizedLinearMethod.process_weights_after_loading = process
+    try:
+        yield
+    finally:
+        UnquantizedLinearMethod.process_weights_after_loading = original
+
+
+def _slot(nbytes: int, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return aligned_buffer(nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _host_block(layout: BlockLayout, device: torch.device) -> torch.Tensor:
+    block = aligned_buffer(layout.nbytes)
+    return _pinned(block) if device.type == "cuda" else block
+
+
+def _pinned(buffer: torch.Tensor) -> torch.Tensor:
+    """Page-lock ``buffer`` where it lies: torch's own pinned memory rounds up to powers of two."""
+    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+    if int(status) != 0:
+        raise MemoryError(
+            f"cannot page-lock {buffer.numel()} bytes of host memory (CUDA error {int(status)}): "
+            'free host memory, raise the memory limit, or set "weight_source" to "disk"'
+        )
+    return buffer

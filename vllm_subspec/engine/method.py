@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Makes ``{"method": "subspec"}`` known to vLLM.
+
+vLLM's set of methods is closed and refuses unknown keys, so the dict is rewritten where the engine's
+arguments become its configuration: the method becomes ``custom_class`` with our proposer, our
+options travel in ``additional_config["subspec"]`` (an official field: pickled to every process and
+part of the compilation hash), and the worker class becomes ours.
+"""
+
+import functools
+from typing import Any
+
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_subspec.config import SubspecOptions
+from vllm_subspec.engine import refusals
+
+METHOD = "subspec"
+PROPOSER = "vllm_subspec.engine.proposer.SubspecProposer"
+WORKERS = {
+    "cpu": "vllm_subspec.engine.worker.SubspecCPUWorker",
+    "cuda": "vllm_subspec.engine.worker.SubspecGPUWorker",
+}
+
+
+def install() -> None:
+    """Wrap `EngineArgs.create_speculative_config`, once."""
+    original = EngineArgs.create_speculative_config
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: EngineArgs,
+        target_model_config: ModelConfig,
+        target_parallel_config: ParallelConfig,
+    ) -> SpeculativeConfig | None:
+        given = dict(self.speculative_config or {})
+        if METHOD in (given.get("method"), self.spec_method):
+            _rewrite(self, given, target_model_config, target_parallel_config)
+        return original(self, target_model_config, target_parallel_config)
+
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _rewrite(
+    args: EngineArgs,
+    given: dict[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> None:
+    given.pop("method", None)
+    if args.spec_tokens is not None:
+        given.setdefault("num_speculative_tokens", args.spec_tokens)
+    options = SubspecOptions.parse({key.replace("-", "_"): v for key, v in given.items()})
+    worker = WORKERS.get(current_platform.device_type)
+    if worker is None:
+        raise ValueError(
+            f'method "subspec" runs on CPU and CUDA, not on {current_platform.device_type}'
+        )
+    refusals.check(args, model_config, parallel_config)
+    parallel_config.worker_cls = worker
+    args.additional_config = {**(args.additional_config or {}), METHOD: options.to_json_dict()}
+    args.spec_method = args.spec_model = args.spec_tokens = None
+    args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": options.num_speculative_tokens,
+    }

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""What method "subspec" cannot serve, refused when the configuration is built.
+
+Nothing falls back silently: each refusal is one sentence that names the option and what to do.
+"""
+
+from collections.abc import Iterator
+
+from vllm.config import ModelConfig, ParallelConfig
+from vllm.engine.arg_utils import EngineArgs
+
+
+def check(args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
+    """Raises ValueError with the first reason why this engine cannot run method "subspec"."""
+    for wrong, reason in _reasons(args, model_config, parallel_config):
+        if wrong:
+            raise ValueError(f'method "subspec" {reason}')
+
+
+def _reasons(
+    args: EngineArgs, model: ModelConfig, parallel: ParallelConfig
+) -> Iterator[tuple[bool, str]]:
+    yield (
+        parallel.worker_cls != "auto",
+        f"brings its own worker, but --worker-cls is {parallel.worker_cls}: remove one of them",
+    )
+    yield (
+        parallel.pipeline_parallel_size > 1,
+        f"needs all layers in one process, but --pipeline-parallel-size is "
+        f"{parallel.pipeline_parallel_size}: use --tensor-parallel-size instead",
+    )
+    yield (
+        parallel.data_parallel_size > 1,
+        f"cannot keep data-parallel ranks in step, but --data-parallel-size is "
+        f"{parallel.data_parallel_size}: run separate servers behind a load balancer",
+    )
+    yield (
+        parallel.decode_context_parallel_size > 1,
+        "does not support --decode-context-parallel-size above 1: remove it",
+    )
+    yield (
+        bool(args.enable_lora),
+        "does not support LoRA yet: remove --enable-lora, or merge the adapter into the model",
+    )
+    yield (
+        args.kv_transfer_config is not None,
+        "has not been tested with KV connectors: remove --kv-transfer-config",
+    )
+    yield (
+        bool(args.cpu_offload_gb) or bool(args.offload_group_size),
+        'streams weights itself: remove --cpu-offload-gb and --offload-group-size and set '
+        '"resident_weights_gib" instead',
+    )
+    yield (
+        bool(args.async_scheduling),
+        "needs each token before it drafts the next: remove --async-scheduling",
+    )
+    yield (
+        model.quantization is not None,
+        f"streams unquantized weights, but the model is quantized ({model.quantization}): serve "
+        "the full-precision model",
+    )
+    yield (
+        model.runner_type != "generate",
+        f"generates text, but --runner is {model.runner_type}: remove one of them",
+    )
+    yield (
+        model.is_multimodal_model,
+        "serves text models only, and this model is multimodal: use a text model",
+    )
+    yield (
+        model.is_hybrid or model.is_attention_free,
+        "cannot rewind recurrent (Mamba, linear attention) state: use a model with attention only",
+    )
+    yield (
+        model.use_mla,
+        "has not been tested with multi-head latent attention: use another model",
+    )
+    yield (
+        model.is_moe,
+        "does not stream mixture-of-experts layers yet: use a dense model",
+    )
+    yield (
+        model.get_sliding_window() is not None,
+        "has not been tested with sliding-window attention: use --disable-sliding-window or "
+        "another model",
+    )

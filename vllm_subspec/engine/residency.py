@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Sizes of this rank's share of the model, and the memory plan made from them."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.utils.mem_constants import GiB_bytes
+
+from vllm_subspec.config import SubspecOptions
+from vllm_subspec.core.plan import Budget, MemoryPlan, ModelSizes, plan_memory
+from vllm_subspec.weights import kernels
+from vllm_subspec.weights.streaming import block_layout, linears_of
+
+_WORKSPACE = GiB_bytes
+"""Activations, the interpreter and its libraries."""
+
+
+def plan_residency(
+    config: VllmConfig, options: SubspecOptions, first_layer: nn.Module, device: torch.device
+) -> MemoryPlan:
+    """Which layers stay and which are streamed, from the first decoder layer as built.
+
+    Raises ValueError when no plan fits or the layers hold most of their weight outside linears.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    linears = linears_of(first_layer)
+    streamable = block_layout("layer", linears).nbytes if linears else 0
+    whole = sum(p.numel() * p.element_size() for p in first_layer.parameters())
+    if streamable < 0.9 * whole:
+        raise ValueError(
+            f'method "subspec" streams unquantized linear layers, but they are only '
+            f"{streamable} of the {whole} bytes of a decoder layer of this model: "
+            "use another model"
+        )
+    layers = model.get_num_layers(parallel)
+    substitute = sum(
+        kernels.estimate_nbytes(options.bits, options.group_size, device, *linear.weight.shape)
+        for linear in linears.values()
+    )
+    kv_heads = model.get_num_kv_heads(parallel)
+    kv = 2 * kv_heads * model.get_head_size() * model.dtype.itemsize * layers
+    heads = 1 if getattr(model.hf_text_config, "tie_word_embeddings", False) else 2
+    vocabulary = model.get_vocab_size() // parallel.tensor_parallel_size
+    other = heads * vocabulary * model.get_hidden_size() * model.dtype.itemsize
+    return plan_memory(
+        ModelSizes([streamable] * layers, [substitute] * layers, other, kv, _WORKSPACE),
+        Budget(_device_bytes(config, device), _kv_tokens(config)),
+        resident_weights_gib=options.resident_weights_gib,
+        ring_layers=options.ring_layers,
+        substitute_layers=options.substitute_layers,
+    )
+
+
+def _kv_tokens(config: VllmConfig) -> int:
+    """Tokens to keep room for: what the user asked for, or a few requests of full length."""
+    explicit = config.cache_config.kv_cache_memory_bytes
+    if explicit is not None:
+        model, parallel = config.model_config, config.parallel_config
+        per_token = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
+        per_token *= model.dtype.itemsize * model.get_num_layers(parallel)
+        return int(explicit) // per_token
+    return config.model_config.max_model_len * min(config.scheduler_config.max_num_seqs, 4)
+
+
+def _device_bytes(config: VllmConfig, device: torch.device) -> int:
+    fraction = config.cache_config.gpu_memory_utilization
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * fraction)
+    import psutil
+
+    ranks = config.parallel_config.tensor_parallel_size
+    return int(psutil.virtual_memory().total * fraction / ranks)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Every symbol of vLLM that this package builds on, checked by name and signature.
+
+A seam that an upgrade has moved is a clear error at start, not a strange crash in the middle of a
+request.
+"""
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+SEAMS: dict[str, tuple[str, ...] | None] = {
+    # symbol -> names its parameters must include (None: it only has to exist)
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": (
+        "target_model_config",
+        "target_parallel_config",
+    ),
+    "vllm.config:VllmConfig.num_lookahead_tokens": None,
+    "vllm.config:VllmConfig.additional_config": None,
+    "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": ("vllm_config",),
+    "vllm.v1.worker.cpu_worker:CPUWorker.init_device": (),
+    "vllm.v1.worker.gpu_worker:Worker.init_device": (),
+    "vllm.v1.worker.gpu_worker:Worker.load_model": ("load_dummy_weights",),
+    "vllm.v1.worker.gpu_worker:Worker.execute_model": ("scheduler_output",),
+    "vllm.v1.worker.gpu_worker:Worker.shutdown": (),
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": (),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": ("logits", "spec_decode_metadata"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": ("sampler_output",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": (),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_spec_decode_draft_probs": (
+        "spec_decode_metadata",
+    ),
+    "vllm.v1.worker.block_table:BlockTable.get_device_tensor": ("num_reqs",),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "scheduler_output",
+        "model_runner_output",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("request_id",),
+    "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index", "sampled_token_ids"),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "causal",
+        "positions",
+        "is_prefilling",
+        "seq_lens_cpu_upper_bound",
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
+        "common_prefix_len",
+        "common_attn_metadata",
+    ),
+    "vllm.forward_context:set_forward_context": (
+        "attn_metadata",
+        "vllm_config",
+        "num_tokens",
+        "slot_mapping",
+        "skip_compiled",
+    ),
+    "vllm.forward_context:get_forward_context": (),
+    "vllm.model_executor.offloader.base:BaseOffloader.wrap_modules": ("modules_generator",),
+    "vllm.model_executor.offloader.base:set_offloader": (),
+    "vllm.model_executor.models.utils:make_layers": ("num_hidden_layers", "layer_fn", "prefix"),
+    "vllm.model_executor.layers.linear:LinearBase": (),
+    "vllm.model_executor.layers.linear:LinearMethodBase.apply": ("layer", "x", "bias"),
+    "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading": (
+        "layer",
+    ),
+    "vllm.model_executor.model_loader.reload.meta:CopyCounter": None,
+    "vllm.utils.torch_utils:direct_register_custom_op": ("op_name", "op_func", "mutates_args"),
+    "vllm.utils.cpu_triton_utils:_expand_kernel_impl": (
+        "output",
+        "input_val",
+        "cu_num_tokens",
+        "replace_from",
+        "replace_to",
+    ),
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": ("logits", "k", "p"),
+}
+
+
+@dataclass(frozen=True)
+class SeamReport:
+    name: str
+    ok: bool
+    detail: str
+
+
+def check_seams() -> list[SeamReport]:
+    """One report for each seam."""
+    return [_check(name, parameters) for name, parameters in SEAMS.items()]
+
+
+def require() -> None:
+    """Raises RuntimeError naming every seam that has moved."""
+    moved = [f"{seam.name} ({seam.detail})" for seam in check_seams() if not seam.ok]
+    if moved:
+        raise RuntimeError(
+            "vllm-subspec does not fit this vLLM, these symbols have moved: "
+            + "; ".join(moved)
+            + "; install a supported vLLM version"
+        )
+
+
+def _check(name: str, parameters: tuple[str, ...] | None) -> SeamReport:
+    module, _, path = name.partition(":")
+    try:
+        symbol: Any = importlib.import_module(module)
+        for part in path.split("."):
+            symbol = _attribute(symbol, part)
+    except (ImportError, AttributeError) as error:
+        return SeamReport(name, False, str(error))
+    if parameters:
+        missing = set(parameters) - set(inspect.signature(symbol).parameters)
+        if missing:
+            return SeamReport(name, False, f"no parameter {', '.join(sorted(missing))}")
+    return SeamReport(name, True, "")
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    fields = getattr(owner, "__dataclass_fields__", {})
+    return fields[name] if name in fields else getattr(owner, name)

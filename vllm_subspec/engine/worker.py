@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""vLLM's workers with streaming and drafting put in."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import get_tp_group
+from vllm.model_executor.offloader.base import set_offloader
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_subspec.config import SubspecOptions
+from vllm_subspec.engine.failure import FailedOutput
+from vllm_subspec.engine.loading import Loading
+from vllm_subspec.engine.proposer import SubspecProposer
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    Base = Worker
+else:
+    Base = object
+
+
+class SubspecWorker(Base):
+    """Mixed into a vLLM worker class."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        runner = self.model_runner
+        proposer = runner.drafter
+        assert isinstance(proposer, SubspecProposer)
+        # vLLM stops drafting for the whole batch when one request nears its limit; our proposer
+        # clips each row by itself.
+        runner.effective_drafter_max_model_len = sys.maxsize
+        options = SubspecOptions.parse(self.vllm_config.additional_config["subspec"])
+        rank = get_tp_group().rank_in_group
+        self.loading = Loading(self.vllm_config, options, rank, runner.device)
+        proposer.bind(runner, self.loading.build_draft)
+        self.proposer = proposer
+
+    def load_model(self, **kwargs: Any) -> None:
+        set_offloader(self.loading.offloader)
+        with self.loading.active():
+            super().load_model(**kwargs)
+
+    def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
+        self.proposer.pass_begins()
+        output = super().execute_model(scheduler_output)
+        failure = self._pass_failure()
+        if failure is None:
+            return output
+        self.model_runner.execute_model_state = None
+        return FailedOutput.of(scheduler_output, failure)
+
+    def _pass_failure(self) -> str | None:
+        """Why the pass that has just run must not be believed, on any rank of the group."""
+        ring = self.loading.ring
+        if ring is None:
+            return None
+        failure = ring.take_failure()
+        group = get_tp_group()
+        if group.world_size > 1:
+            flag = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
+            if not group.all_reduce(flag).item():
+                return None
+            return str(failure or "another rank could not read its weights")
+        return str(failure) if failure is not None else None
+
+    def set_speculation(self, enabled: bool) -> None:
+        """Switch drafting off or on while serving (a `collective_rpc`)."""
+        self.proposer.enabled = enabled
+
+    def streaming_stats(self) -> dict[str, float]:
+        """Counters of this rank's ring (`weights.ring.RingStats`); empty when nothing streams."""
+        ring = self.loading.ring
+        return {} if ring is None else dict(vars(ring.stats))
+
+    def shutdown(self) -> None:
+        if self.loading.ring is not None:
+            self.loading.ring.close()
+        super().shutdown()
+
+
+class SubspecCPUWorker(SubspecWorker, CPUWorker):
+    pass
+
+
+class SubspecGPUWorker(SubspecWorker, Worker):
+    pass

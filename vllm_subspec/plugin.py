@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Entry point ``vllm.general_plugins``: vLLM calls `register` in the front end, the engine core and
+every worker, possibly more than once. Nothing heavy happens here.
+"""
+
+import importlib.metadata
+import os
+
+SUPPORTED_VLLM = ("0.32.0", "0.33")
+SKIP_VERSION_CHECK = "VLLM_SUBSPEC_SKIP_VERSION_CHECK"
+
+
+def register() -> None:
+    """Check that this vLLM is one we know, and install the hooks.
+
+    Raises:
+        RuntimeError: vLLM's version is outside the supported range, or a symbol of it that this
+            package builds on has moved.
+    """
+    _check_version()
+    from vllm_subspec.engine import compat, method, seams
+
+    seams.require()
+    compat.apply()
+    method.install()
+
+
+def _check_version() -> None:
+    from packaging.version import Version
+
+    if os.environ.get(SKIP_VERSION_CHECK) == "1":
+        return
+    version = importlib.metadata.version("vllm")
+    low, high = SUPPORTED_VLLM
+    if not Version(low) <= Version(version) < Version(high):
+        raise RuntimeError(
+            f"vllm-subspec supports vLLM >= {low}, < {high}, but {version} is installed: "
+            f"run pip install 'vllm>={low},<{high}', or set {SKIP_VERSION_CHECK}=1 to try anyway"
+        )

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""The ring: a few device buffers through which all streamed layers pass.
+
+Block ``i`` (the weights of the i-th streamed layer) always lives in slot ``i % slots``, so its
+tensors are views at fixed addresses: compiled code and captured graphs never see them move.
+Each pass uses blocks 0, 1, .. n-1 in order. As soon as a block is released, its slot is refilled
+with the block that will use it next, which near the end of a pass is one of the *next* pass: while
+the draft runs, the first ``slots`` blocks of the next verification load (the head start).
+
+    release(i)  ->  slot i % slots is free  ->  load block i + slots, or i % slots after the wrap
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from vllm_subspec.weights.store import StoreReadError
+
+
+class BlockSource(Protocol):
+    """Full-precision blocks at rest."""
+
+    def read(
+        self, index: int, out: torch.Tensor, cancel: threading.Event | None = None
+    ) -> None:
+        """Fill ``out`` (uint8 ``[nbytes of block index]``); StoreReadError when it cannot."""
+
+    def close(self) -> None: ...
+
+
+class HostSource:
+    """Blocks kept in host memory, one uint8 tensor each (page-locked when a GPU copies from them)."""
+
+    def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
+        self._blocks = list(blocks)
+
+    def block(self, index: int) -> torch.Tensor:
+        return self._blocks[index]
+
+    def read(
+        self, index: int, out: torch.Tensor, cancel: threading.Event | None = None
+    ) -> None:
+        out.copy_(self._blocks[index])
+
+    def close(self) -> None:
+        self._blocks.clear()
+
+
+class Transfer(Protocol):
+    """How a block gets from its source into a slot, and how its arrival is awaited.
+
+    The three calls are fences: `start` may be called only on a slot whose last use was announced
+    by `release`; after `wait` the slot holds the block for everything that is issued later on the
+    compute thread or stream.
+    """
+
+    def start(self, block: int, slot: int) -> None: ...
+
+    def wait(self, slot: int) -> None:
+        """Raises StoreReadError when the block could not be read."""
+
+    def ready(self, slot: int) -> bool: ...
+
+    def release(self, slot: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class RingStats:
+    """Counters since the ring was made; bytes, seconds, passes."""
+
+    passes: int = 0
+    bytes_streamed: int = 0
+    stall_seconds: float = 0.0
+    head_start_ready: int = 0
+    """Blocks of a head start that were already in their slot when their pass began."""
+    head_start_total: int = 0
+    failures: int = 0
+
+
+@dataclass
+class Ring:
+    """Orders loads into slots. Called by one thread only: the one that runs the model."""
+
+    transfer: Transfer
+    block_nbytes: Sequence[int]
+    slots: int
+    stats: RingStats = field(default_factory=RingStats)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slots <= len(self.block_nbytes):
+            raise ValueError(
+                f"a ring of {self.slots} slots cannot serve {len(self.block_nbytes)} blocks"
+            )
+        self._loading: list[int] = [-1] * self.slots  # the block each slot holds or awaits
+        self._failure: StoreReadError | None = None
+        for block in range(self.slots):
+            self._load(block)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.block_nbytes)
+
+    def _load(self, block: int) -> None:
+        slot = block % self.slots
+        self._loading[slot] = block
+        self.transfer.start(block, slot)
+
+    def wait(self, block: int) -> None:
+        """Return when ``block`` is in its slot.
+
+        A block that cannot be read does not raise here: the pass runs to its end on whatever the
+        slot holds, so that all ranks of a tensor-parallel group stay in step, and whoever started
+        the pass asks `take_failure` before it believes a result.
+        """
+        slot = block % self.slots
+        if block == 0:
+            self._begin_pass()
+        if self._loading[slot] != block:
+            # The last pass did not reach its end, or a pass began in the middle.
+            self._drain(slot)
+            self._load(block)
+        begin = time.perf_counter()
+        try:
+            self.transfer.wait(slot)
+            self.stats.bytes_streamed += self.block_nbytes[block]
+        except StoreReadError as error:
+            self.stats.failures += 1
+            self._failure = self._failure or error
+            self._loading[slot] = -1
+        self.stats.stall_seconds += time.perf_counter() - begin
+
+    def release(self, block: int) -> None:
+        """``block`` has been used by everything issued so far; refill its slot."""
+        slot = block % self.slots
+        self.transfer.release(slot)
+        follower = block + self.slots
+        self._load(follower if follower < self.blocks else slot)
+
+    def take_failure(self) -> StoreReadError | None:
+        """The first read error since the last call, if any."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def close(self) -> None:
+        self.transfer.close()
+
+    def _begin_pass(self) -> None:
+        self.stats.passes += 1
+        if self.stats.passes > 1:
+            self.stats.head_start_total += self.slots
+            self.stats.head_start_ready += sum(
+                self._loading[slot] == slot and self.transfer.ready(slot)
+                for slot in range(self.slots)
+            )
+
+    def _drain(self, slot: int) -> None:
+        if self._loading[slot] < 0:
+            return
+        try:
+            self.transfer.wait(slot)
+        except StoreReadError:
+            pass  # that block is not wanted any more; a new read of it will speak for itself
+        self.transfer.release(slot)
+
+
+class ThreadTransfer:
+    """Reads blocks into slots in host memory on one background thread, in the order asked.
+
+    Args:
+        source: where blocks come from.
+        slots: uint8 buffers, one per slot; a block fills the front of its slot.
+        block_nbytes: bytes of each block.
+    """
+
+    def __init__(
+        self, source: BlockSource, slots: Sequence[torch.Tensor], block_nbytes: Sequence[int]
+    ) -> None:
+        self._source = source
+        self._slots = list(slots)
+        self._block_nbytes = list(block_nbytes)
+        self._cancel = threading.Event()
+        self._pending: list[Future[None] | None] = [None] * len(self._slots)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="subspec-ring")
+
+    def start(self, block: int, slot: int) -> None:
+        out = self._slots[slot][: self._block_nbytes[block]]
+        self._pending[slot] = self._thread.submit(self._source.read, block, out, self._cancel)
+
+    def wait(self, slot: int) -> None:
+        pending = self._pending[slot]
+        assert pending is not None, "waited for a slot that nothing was loaded into"
+        pending.result()
+
+    def ready(self, slot: int) -> bool:
+        pending = self._pending[slot]
+        return pending is not None and pending.done() and pending.exception() is None
+
+    def release(self, slot: int) -> None:
+        """Nothing to fence: on the host the compute that read the slot has returned."""
+
+    def close(self) -> None:
+        self._cancel.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._source.close()
+
+
+class CudaTransfer:
+    """Copies blocks into slots in device memory on a copy stream.
+
+    A `HostSource` (page-locked) is copied from directly; any other source is first read by a
+    background thread into ``staging``, page-locked buffers used in turn. Events fence both directions: the
+    copy stream waits until the compute stream has finished with a slot, the compute stream waits
+    until the copy has arrived.
+    """
+
+    def __init__(
+        self,
+        source: BlockSource,
+        slots: Sequence[torch.Tensor],
+        block_nbytes: Sequence[int],
+        staging: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self._source = source
+        self._slots = list(slots)
+        self._block_nbytes = list(block_nbytes)
+        self._stream = torch.cuda.Stream(device=self._slots[0].device)
+        self._arrived = [torch.cuda.Event() for _ in self._slots]
+        self._used = [torch.cuda.Event() for _ in self._slots]
+        self._cancel = threading.Event()
+        self._staging = list(staging)
+        self._staging_copied = [torch.cuda.Event() for _ in self._staging]
+        self._issued = 0
+        self._pending: list[Future[None] | None] = [None] * len(self._slots)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="subspec-ring")
+
+    def start(self, block: int, slot: int) -> None:
+        if isinstance(self._source, HostSource):
+            self._pending[slot] = None
+            self._copy(self._source.block(block), slot)
+        else:
+            self._pending[slot] = self._thread.submit(self._read_and_copy, block, slot)
+
+    def _copy(self, host: torch.Tensor, slot: int) -> None:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._used[slot])
+            self._slots[slot][: host.numel()].copy_(host, non_blocking=True)
+            self._arrived[slot].record(self._stream)
+
+    def _read_and_copy(self, block: int, slot: int) -> None:
+        staging = self._issued % len(self._staging)
+        self._issued += 1
+        self._staging_copied[staging].synchronize()
+        host = self._staging[staging][: self._block_nbytes[block]]
+        self._source.read(block, host, self._cancel)
+        self._copy(host, slot)
+        self._staging_copied[staging].record(self._stream)
+
+    def wait(self, slot: int) -> None:
+        pending = self._pending[slot]
+        if pending is not None:
+            pending.result()
+        torch.cuda.current_stream().wait_event(self._arrived[slot])
+
+    def ready(self, slot: int) -> bool:
+        pending = self._pending[slot]
+        if pending is not None and not (pending.done() and pending.exception() is None):
+            return False
+        return self._arrived[slot].query()
+
+    def release(self, slot: int) -> None:
+        self._used[slot].record(torch.cuda.current_stream())
+
+    def close(self) -> None:
+        self._cancel.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._stream.synchronize()
+        self._source.close()

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Where substitutes come from: quantized while the target loads, or an existing low-bit checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+
+from vllm_subspec.config import SubspecOptions
+from vllm_subspec.weights import kernels
+from vllm_subspec.weights.checkpoint import SubstituteCheckpoint
+from vllm_subspec.weights.kernels import SubstituteKernel
+from vllm_subspec.weights.quantize import QuantizedWeight, quantize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+logger = init_logger(__name__)
+
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""vLLM's fused linears and the checkpoint's parts of them, in the order of their rows."""
+
+
+class SubstituteSource:
+    """Makes the substitute of a linear, for this rank's shard of it.
+
+    Args:
+        rank: tensor-parallel rank.
+        device: where the draft computes.
+
+    Raises:
+        ValueError: ``substitute`` names a checkpoint that is not of this model.
+    """
+
+    def __init__(
+        self, config: VllmConfig, options: SubspecOptions, rank: int, device: torch.device
+    ) -> None:
+        self._options = options
+        self._rank = rank
+        self._device = device
+        self._dtype = config.model_config.dtype
+        self._checkpoint: SubstituteCheckpoint | None = None
+        if options.substitute is not None:
+            self._checkpoint = SubstituteCheckpoint.open(_local(options.substitute))
+            target: PretrainedConfig = config.model_config.hf_text_config
+            self._checkpoint.check_matches(target.to_dict())
+
+    def substitute(self, linear: LinearBase, weight: torch.Tensor) -> SubstituteKernel:
+        """The kernel that stands in for ``linear``, whose full weight is ``weight`` [out, in]."""
+        if self._checkpoint is None:
+            kernel, fmt = kernels.choose(
+                self._options.bits, self._options.group_size, self._device, self._dtype
+            )
+            coded = quantize(weight.to(self._device), fmt, self._options.quantizer)
+        else:
+            coded = self._load(linear)
+            kernel, _ = kernels.choose(
+                coded.format.bits, coded.format.group_size, self._device, self._dtype
+            )
+            if tuple(coded.codes.shape) != tuple(weight.shape):
+                raise ValueError(
+                    f'"substitute": {linear.prefix} has shape {tuple(coded.codes.shape)} there, '
+                    f"but {tuple(weight.shape)} in the model"
+                )
+        return kernel(coded, self._dtype)
+
+    def _load(self, linear: LinearBase) -> QuantizedWeight:
+        assert self._checkpoint is not None
+        parent, _, leaf = linear.prefix.rpartition(".")
+        names = [f"{parent}.{part}" for part in _FUSED.get(leaf, (leaf,))]
+        parts = [self._checkpoint.weight(name) for name in names]
+        if linear.tp_size > 1:
+            parts = [self._shard(linear, i, part) for i, part in enumerate(parts)]
+        return QuantizedWeight.concatenate([part.to(self._device) for part in parts])
+
+    def _shard(self, linear: LinearBase, part: int, whole: QuantizedWeight) -> QuantizedWeight:
+        """This rank's rows (or, of a row-parallel linear, columns) of one checkpoint tensor."""
+        rank, size = self._rank, linear.tp_size
+        if isinstance(linear, RowParallelLinear):
+            width = whole.codes.shape[1] // size
+            return whole.columns(rank * width, width)
+        if isinstance(linear, QKVParallelLinear) and part > 0:
+            rank, size = rank // linear.num_kv_head_replicas, size // linear.num_kv_head_replicas
+        elif not isinstance(linear, QKVParallelLinear | MergedColumnParallelLinear):
+            raise ValueError(
+                f'"substitute" with tensor parallelism does not know how {linear.prefix} is '
+                "sharded: remove it and quantize while loading"
+            )
+        height = whole.codes.shape[0] // size
+        return whole.rows(rank * height, height)
+
+
+def _local(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name))
