@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""When does another draft step pay? Depth of the draft by measured cost and expected gain.
+
+A round drafts, verifies and emits tokens; rounds follow each other like the renewals of a process
+with rewards, so throughput in the long run is E[tokens of a round] / E[seconds of a round]
+(renewal-reward theorem). Dinkelbach (1967, Management Science 13:492-498): a policy maximises
+that ratio r* exactly when it maximises E[tokens] - r* E[seconds], and replacing r by the ratio
+that the best policy for r achieves converges to r*. Here a policy is a rule of stopping, and a
+step is worth taking while the tokens it is expected to add exceed its seconds times r, the
+throughput achieved so far. Survival never rises with depth, so looking one step ahead is enough.
+An r that is too low drafts deeper, one too high stops earlier, and both are corrected by the next
+rounds' measurements.
+
+Everything is a pure function of the numbers passed in: no clock is read and nothing is drawn at
+random, so that ranks given the same numbers decide alike. All sums are in float64.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+# Acceptance by the draft's top-1 probability at draft temperature 0.2, read from published SubSpec
+# traces (Qwen and Llama 7B to 8B, chains, 4-bit substitutes). Above 0.9 a finer grid, since a deep
+# chain lives on the difference between 0.99 and 0.999; 0 is extrapolated.
+_PRIOR_PROBABILITY = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0])
+_PRIOR_ACCEPTANCE = np.array(
+    [0.10, 0.21, 0.49, 0.62, 0.71, 0.789, 0.906, 0.958, 0.981, 0.996, 0.999, 0.9995]
+)
+_PRIOR_NEXT = 0.9  # acceptance of a token about which nothing is known yet
+_PRIOR_COUNT = 20.0  # observations that the prior is worth
+_WINDOW = 512.0  # observations, of one bucket, that an estimate remembers
+_FORGET = 0.05  # weight of the newest round in the costs and in the throughput
+_MARGIN = 4.0  # a time this many mean deviations too long is an outlier
+
+
+class AcceptanceModel:
+    """Online probability that a draft token is accepted, by its sharpened top-1 probability.
+
+    Each bucket is a pair of counts, begun with pseudo-counts of the published table and slowly
+    forgotten, so that the estimate follows the texts being written.
+    """
+
+    def __init__(self) -> None:
+        self._trials = np.full(_PRIOR_PROBABILITY.size + 1, _PRIOR_COUNT)
+        self._accepted = self._trials * np.append(_PRIOR_ACCEPTANCE, _PRIOR_NEXT)  # last: any token
+        self._edges = (_PRIOR_PROBABILITY[1:] + _PRIOR_PROBABILITY[:-1]) / 2
+
+    def estimate(self, top1: npt.ArrayLike) -> Floats:
+        """Acceptance of tokens with top-1 probabilities ``top1``, interpolated; the same shape."""
+        rates = (self._accepted / self._trials)[:-1]
+        return np.interp(np.asarray(top1, np.float64), _PRIOR_PROBABILITY, rates)
+
+    @property
+    def next_token(self) -> float:
+        """Acceptance of a token that is not drafted yet, given that all before it are accepted."""
+        return float(self._accepted[-1] / self._trials[-1])
+
+    def observe(self, top1: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
+        """Tokens that were put to the test: of each row all accepted ones and the first refused.
+
+        Args:
+            top1: [m] their top-1 probabilities.
+            accepted: [m] whether each was accepted.
+        """
+        bucket = np.searchsorted(self._edges, np.asarray(top1, np.float64))
+        size = _PRIOR_PROBABILITY.size
+        trials = np.bincount(bucket, minlength=size).astype(np.float64)
+        wins = np.bincount(bucket, np.asarray(accepted, np.float64), minlength=size)
+        trials, wins = np.append(trials, trials.sum()), np.append(wins, wins.sum())
+        keep = (1 - 1 / _WINDOW) ** trials
+        self._trials = self._trials * keep + trials
+        self._accepted = self._accepted * keep + wins
+
+
+class CostLine:
+    """Online fit of seconds = a + b * x, robust to stalls.
+
+    Weighted least squares that forgets. The spread of x is forgotten only as far as the new x
+    renews it (directional forgetting), so a slope once learned survives any number of rounds of
+    one depth. The slope is drawn towards 0 by one pseudo-observation a quarter of the mean x away.
+    A time far above the fit counts as ``_MARGIN`` mean deviations above it (stalls only ever
+    lengthen a time); a lasting change widens the deviation and is followed in tens of rounds.
+    """
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._x = 0.0  # means
+        self._y = 0.0
+        self._xx = 0.0  # centred sums
+        self._xy = 0.0
+        self._deviation = 0.0
+
+    @property
+    def observed(self) -> bool:
+        return self._weight > 0
+
+    @property
+    def slope(self) -> float:
+        """Seconds for each further x."""
+        ridge = (0.25 * self._x) ** 2
+        return self._xy / (self._xx + ridge) if self._xx > 0 else 0.0
+
+    def predict(self, x: float) -> float:
+        """Seconds at ``x``: never below 0."""
+        return max(0.0, self._y + self.slope * (x - self._x))
+
+    def observe(self, x: float, seconds: float) -> None:
+        if self.observed:
+            predicted = self.predict(x)
+            margin = _MARGIN * max(self._deviation, 0.05 * predicted)
+            seconds = min(seconds, predicted + margin)
+            self._deviation += 0.1 * (abs(seconds - predicted) - self._deviation)
+        dx, dy = x - self._x, seconds - self._y
+        renewed = min(1.0, dx * dx * self._weight / self._xx) if self._xx > 0 else 0.0
+        self._weight = self._weight * (1 - _FORGET) + 1
+        self._x += dx / self._weight
+        self._y += dy / self._weight
+        keep, share = 1 - _FORGET * renewed, 1 - 1 / self._weight
+        self._xx = self._xx * keep + share * dx * dx
+        self._xy = self._xy * keep + share * dx * dy
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did. Rounds whose pass also carried prompt chunks are not recorded: their
+    time says nothing about draft tokens."""
+
+    rows: int  # requests that drafted
+    steps: int  # draft steps, all rows together in each
+    verified_tokens: int  # tokens of the verifying pass: draft tokens and one root for each row
+    emitted_tokens: int
+    draft_seconds: float
+    verify_seconds: float  # the rest of the round, so that both together are its wall time
+
+
+class DepthController:
+    """Decides, step by step, whether to draft one more token for each row of a batch.
+
+    At least one token is always drafted. It costs one step beside a pass over the whole model, and
+    it keeps acceptance and costs observed: a depth of 0 would never be left again. (What that
+    costs where drafting does not pay at all is bounded by one step and one token of a row.)
+    Before anything was measured, drafting goes on while the next token is more likely accepted
+    than not.
+
+    Args:
+        max_steps: most tokens drafted for a row (``num_speculative_tokens``).
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        if max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, not {max_steps}")
+        self.max_steps = max_steps
+        self.acceptance = AcceptanceModel()
+        self._step = CostLine()  # seconds of a draft step, by rows
+        self._verify = CostLine()  # seconds of the rest of a round, by verified tokens
+        self._means = np.zeros(3)  # emitted tokens, steps and verified tokens, of a row in a round
+        self._weight = 0.0
+        self._steps = 0
+        self._step_price = 0.0  # tokens that must be expected from a step to pay for it
+        self._token_price = 0.0  # probability above which verifying a token pays
+
+    def rate(self, rows: int) -> float:
+        """Tokens/s of rounds like the recent ones with ``rows`` rows; 0 before the first round.
+
+        The quotient of means, not the mean of quotients, and by the fitted costs, so that it holds
+        at once when the number of rows changes.
+        """
+        emitted, steps, verified = self._means
+        seconds = self._step.predict(rows) * steps + self._verify.predict(rows * verified)
+        return float(rows * emitted / seconds) if seconds > 0 else 0.0
+
+    def begin_round(self, rows: int) -> None:
+        """Fixes the prices of a step and of a verified token for a round of ``rows`` rows."""
+        self._steps = 0
+        rate = self.rate(rows)
+        if rate == 0:
+            self._step_price, self._token_price = 0.0, 0.5
+            return
+        token_seconds = self._verify.slope
+        # Where streaming goes on while drafting, verification is shorter after a longer draft and
+        # the slope negative: the saving belongs to the step, which hides that much streaming.
+        saved = min(0.0, token_seconds) * rows
+        self._step_price = max(0.0, self._step.predict(rows) + saved) * rate
+        self._token_price = max(0.0, token_seconds) * rate
+
+    def survival(self, previous: npt.ArrayLike, top1: npt.ArrayLike) -> Floats:
+        """[rows] probability that each row's newest draft token and all before it are accepted.
+
+        Args:
+            previous: [rows] the same for the token before; 1 for the root, 0 for a row that
+                may not draft on.
+            top1: [rows] the draft's top-1 probability, sharpened by the draft temperature.
+        """
+        return np.asarray(previous, np.float64) * self.acceptance.estimate(top1)
+
+    def keep_drafting(self, survival: npt.ArrayLike) -> bool:
+        """Whether another step pays, given each row's ``survival`` [rows] so far.
+
+        True counts as one step taken; after ``max_steps`` of them the answer is False.
+        """
+        alive = np.asarray(survival, np.float64)
+        if self._steps >= self.max_steps or not (alive > 0).any():
+            return False
+        gains = alive * self.acceptance.next_token - self._token_price
+        pays = np.maximum(gains, 0.0).sum() > self._step_price
+        self._steps += 1
+        return bool(pays) or self._steps == 1
+
+    def lengths(self, survival: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """[rows] draft tokens of each row that are worth verifying, at least 1.
+
+        Steps are taken for the batch, so a row that lost its way is drafted on with the others;
+        its tail would cost verification and yield nothing.
+
+        Args:
+            survival: [rows, steps] of all drafted tokens; it does not rise along a row.
+        """
+        worth = (np.asarray(survival, np.float64) >= self._token_price).sum(axis=1)
+        return np.maximum(worth, 1)
+
+    def observe_round(self, done: Round) -> None:
+        """Learns costs and throughput from a finished round. One without rows teaches nothing."""
+        if done.rows == 0:
+            return
+        if done.steps:
+            self._step.observe(done.rows, done.draft_seconds / done.steps)
+        self._verify.observe(done.verified_tokens, done.verify_seconds)
+        per_row = np.array([done.emitted_tokens, 0, done.verified_tokens]) / done.rows
+        per_row[1] = done.steps
+        self._weight = self._weight * (1 - _FORGET) + 1
+        self._means += (per_row - self._means) / self._weight
