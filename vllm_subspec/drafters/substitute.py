@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from vllm_subspec.core.cost import DepthController
+from vllm_subspec.core.cost import AcceptanceModel, DepthController
 from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.drafters.base import DraftRow, Forward, Proposal
 
@@ -20,9 +20,16 @@ from vllm_subspec.drafters.base import DraftRow, Forward, Proposal
 # the draft to the verdict on it and bias the output.
 _STREAM = 0x5B5BEC
 
+# A request with a seed drafts on while its next token is this likely to be accepted.
+_SEEDED_SURVIVAL = 0.5
+
 
 class SubstituteDrafter:
     """Drafts chains with a draft model, as deep as pays.
+
+    How deep a row drafts decides how many random numbers verifying it takes. So the depth of a
+    request that has a seed of its own follows from its own text alone, by an acceptance table that
+    never learns: the same seed gives the same output, whatever the clock and its neighbours do.
 
     Args:
         depth: decides step by step whether another token pays, and learns from what happened.
@@ -40,6 +47,7 @@ class SubstituteDrafter:
         self._stream = torch.Generator(device=device).manual_seed(seed ^ _STREAM)
         self._seeded: dict[str, torch.Generator] = {}
         self._tested: dict[str, np.ndarray] = {}
+        self._unlearned = AcceptanceModel()
 
     def learn(self, request_id: str, accepted: int) -> None:
         """``accepted`` tokens of the request's last chain were accepted by the target."""
@@ -62,6 +70,7 @@ class SubstituteDrafter:
         n = len(rows)
         sampling = _Sampling(rows, self._device) if any(r.temperature > 0 for r in rows) else None
         limits = np.array([row.limit for row in rows])
+        seeded = np.array([row.seed is not None and row.temperature > 0 for row in rows])
         drafted: list[torch.Tensor] = []
         distributions: list[torch.Tensor] = []
         top1 = np.zeros((n, int(limits.max())))
@@ -71,7 +80,7 @@ class SubstituteDrafter:
         tokens = torch.tensor([row.root for row in rows], device=self._device)
         self.depth.begin_round(n)
         step = 0
-        while self.depth.keep_drafting(alive):
+        while self.depth.keep_drafting(alive) or seeded[frontier].any():
             logits = forward.step(tokens).float()
             confidence = torch.softmax(logits * self._sharpness, dim=-1).amax(dim=-1)
             tokens = logits.argmax(dim=-1)
@@ -82,10 +91,15 @@ class SubstituteDrafter:
                 distributions.append(_scatter(probabilities, frontier, n))
             drafted.append(_scatter(tokens, frontier, n))
             top1[frontier, step] = confidence.double().cpu().numpy()
-            alive[frontier] = self.depth.survival(alive[frontier], top1[frontier, step])
+            alive[frontier] = np.where(
+                seeded[frontier],
+                alive[frontier] * self._unlearned.estimate(top1[frontier, step]),
+                self.depth.survival(alive[frontier], top1[frontier, step]),
+            )
             survival[:, step] = alive * (np.isin(np.arange(n), frontier))
             step += 1
             going = limits[frontier] > step
+            going &= ~seeded[frontier] | (alive[frontier] >= _SEEDED_SURVIVAL)
             if not going.all():
                 alive[frontier[~going]] = 0.0
                 frontier = frontier[going]
@@ -95,7 +109,9 @@ class SubstituteDrafter:
                 forward.keep(kept)
                 tokens = tokens[kept]
         self.steps = step
-        lengths = np.minimum(self.depth.lengths(survival[:, :step]), limits)
+        lengths = self.depth.lengths(survival[:, :step])
+        own = (survival[:, :step] >= _SEEDED_SURVIVAL).sum(axis=1)
+        lengths = np.minimum(np.where(seeded, np.maximum(own, 1), lengths), limits)
         chosen = torch.stack(drafted, dim=1).cpu().numpy()
         trees = []
         for i, row in enumerate(rows):

@@ -7,6 +7,7 @@ needed and when it can go. `apply` is idempotent; what it changes was checked by
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +31,8 @@ def apply() -> None:
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    original = owner.__dict__[name]
-    if getattr(original, _MARK, False) or getattr(
-        getattr(original, "fget", None), _MARK, False
-    ):
+    original = inspect.getattr_static(owner, name)  # a property as such, not its value
+    if getattr(original, _MARK, False) or getattr(getattr(original, "fget", None), _MARK, False):
         return
     replacement = make(original)
     setattr(getattr(replacement, "fget", replacement), _MARK, True)
@@ -72,9 +71,9 @@ def _expand_kernel() -> None:
             replace_to: float,
             MAX_NUM_TOKENS: int | None = None,  # noqa: N803 - the kernel's own parameter
         ) -> None:
-            counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+            num_tokens = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
             values = input_val.masked_fill(input_val == replace_from, replace_to)
-            output.copy_(values.repeat_interleave(counts.to(torch.int64)))
+            output.copy_(values.repeat_interleave(num_tokens))
 
         return expand
 
@@ -115,9 +114,9 @@ def _cpu_generators() -> None:
 
         return _bookkeeping_sync
 
-    for name, make in (("_sample", sample), ("_bookkeeping_sync", bookkeeping)):
-        if name not in CPUModelRunner.__dict__:  # inherited: the GPU runner keeps its own
-            setattr(CPUModelRunner, name, make(getattr(CPUModelRunner, name)))
+    # Both are inherited: set on the CPU runner, they leave the GPU runner as it is.
+    _replace(CPUModelRunner, "_sample", sample)
+    _replace(CPUModelRunner, "_bookkeeping_sync", bookkeeping)
 
 
 def _failed_steps() -> None:

@@ -90,4 +90,5 @@ class DraftForward:
             hidden = self._draft(input_ids=tokens, positions=self._positions)
         self._positions = self._positions + 1
         self._last_position += 1
-        return self._draft.compute_logits(hidden)
+        logits: torch.Tensor = self._draft.get_submodule("").compute_logits(hidden)
+        return logits

@@ -13,14 +13,12 @@ layers, and their substitutes are quantized from the store.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -123,8 +121,8 @@ class Loading:
         if self._tier() == "host":
             return False
         blocks = [layer.layout for layer in streamed]
-        identity = fingerprint(self._config, self._rank)
-        folder = Path(self._options.store_dir or Path(envs.VLLM_CACHE_ROOT) / "subspec")
+        identity = self._identity()
+        folder = self._options.store_path()
         self.store_path = str(folder / store_name(self._config, self._rank))
         opened = open_or_create(self.store_path, identity, blocks)
         if isinstance(opened, WeightStore):
@@ -135,6 +133,11 @@ class Loading:
         logger.info("Writing the weight store %s", self.store_path)
         self._writer = opened.__enter__()
         return False
+
+    def _identity(self) -> dict[str, str | int]:
+        transposed = self.offloader.streamed[0].transposed
+        order = "in, out" if transposed else "out, in"
+        return {**fingerprint(self._config, self._rank), "order": order}
 
     def _tier(self) -> str:
         """``host`` or ``disk``."""
@@ -148,14 +151,14 @@ class Loading:
         return "host" if self.plan.store_bytes <= room else "disk"
 
     def _absorb(self, layer: StreamedLayer) -> None:
-        tensors = layer.tensors()
-        self._substitute(layer, tensors)
+        self._substitute(layer, layer.loaded())
         if self._writer is not None:
-            self._writer.write_block(layer.block, tensors)
+            stored = {name: layer.stored(name) for name in layer.linears}
+            self._writer.write_block(layer.block, stored)
         else:
             block = _host_block(layer.layout, self._device)
             for name, view in layer.layout.views(block).items():
-                view.copy_(tensors[name])
+                view.copy_(layer.stored(name))
             self._keep_host_block(layer.block, block)
 
     def _keep_host_block(self, index: int, block: torch.Tensor) -> None:
@@ -183,8 +186,7 @@ class Loading:
             self._writer = None
             assert self.store_path is not None
             blocks = [layer.layout for layer in self.offloader.streamed]
-            identity = fingerprint(self._config, self._rank)
-            self._store = WeightStore.open(self.store_path, identity, blocks)
+            self._store = WeightStore.open(self.store_path, self._identity(), blocks)
         streamed = self.offloader.streamed
         if not streamed:
             return
@@ -217,7 +219,7 @@ class Loading:
         try:
             for layer in streamed:
                 reader.read(layer.block, buffer)
-                self._substitute(layer, layer.layout.views(buffer))
+                self._substitute(layer, layer.weights_in(buffer))
         finally:
             reader.close()
 

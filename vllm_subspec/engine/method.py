@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Makes ``{"method": "subspec"}`` known to vLLM.
 
-vLLM's set of methods is closed and refuses unknown keys, so the dict is rewritten where the engine's
-arguments become its configuration: the method becomes ``custom_class`` with our proposer, our
-options travel in ``additional_config["subspec"]`` (an official field: pickled to every process and
-part of the compilation hash), and the worker class becomes ours.
+vLLM's set of methods is closed and refuses unknown keys, so the dict is rewritten where the
+engine's arguments become its configuration: the method becomes ``custom_class`` with our proposer,
+our options travel in ``additional_config["subspec"]`` (an official field: pickled to every process
+and part of the compilation hash), and the worker class becomes ours.
 """
 
 import functools

@@ -22,6 +22,7 @@ from vllm_subspec.core.cost import DepthController, Round
 from vllm_subspec.drafters.base import DraftRow
 from vllm_subspec.drafters.substitute import SubstituteDrafter
 from vllm_subspec.engine.draft_forward import DraftForward
+from vllm_subspec.engine.metrics import DraftingStats
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -33,6 +34,7 @@ class SubspecProposer:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.options = SubspecOptions.parse(vllm_config.additional_config["subspec"])
         self.enabled = True
+        self.stats = DraftingStats()
         self._seed = vllm_config.model_config.seed
         self._max_model_len = vllm_config.model_config.max_model_len
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
@@ -41,9 +43,7 @@ class SubspecProposer:
         self._last_draft_seconds = 0.0
         self._last_steps = 0
 
-    def bind(
-        self, runner: "GPUModelRunner", build_draft: Callable[[nn.Module], nn.Module]
-    ) -> None:
+    def bind(self, runner: "GPUModelRunner", build_draft: Callable[[nn.Module], nn.Module]) -> None:
         self._runner = runner
         self._build_draft = build_draft
         self.drafter = SubstituteDrafter(
@@ -101,7 +101,7 @@ class SubspecProposer:
         return drafts
 
     def _row(self, index: int, root: int, position: int) -> DraftRow | None:
-        """The row at ``index`` whose newest token sits at ``position``; None if it may not draft."""
+        """The row whose newest token sits at ``position``; None if it may not draft."""
         request_id = self._runner.input_batch.req_ids[index]
         request = self._runner.requests[request_id]
         params = request.sampling_params
@@ -137,10 +137,19 @@ class SubspecProposer:
         self.drafter.forget(self.drafter.tracked - set(batch.req_ids))
         if not self._drafted or not pure or self._pass_began is None:
             return
-        seconds = self._agree(self._last_draft_seconds, now - self._pass_began)
-        self.drafter.depth.observe_round(
-            Round(len(self._drafted), self._last_steps, verified, emitted, *seconds)
+        draft_seconds, verify_seconds = self._agree(
+            self._last_draft_seconds, now - self._pass_began
         )
+        rows = len(self._drafted)
+        self.drafter.depth.observe_round(
+            Round(rows, self._last_steps, verified, emitted, draft_seconds, verify_seconds)
+        )
+        self.stats.rounds += 1
+        self.stats.draft_tokens += verified - rows
+        self.stats.emitted_tokens += emitted
+        self.stats.steps += self._last_steps
+        self.stats.draft_seconds += draft_seconds
+        self.stats.verify_seconds += verify_seconds
 
     def _agree(self, *seconds: float) -> list[float]:
         """Rank 0's clock: all ranks must decide alike."""

@@ -49,7 +49,7 @@ def _reasons(
     )
     yield (
         bool(args.cpu_offload_gb) or bool(args.offload_group_size),
-        'streams weights itself: remove --cpu-offload-gb and --offload-group-size and set '
+        "streams weights itself: remove --cpu-offload-gb and --offload-group-size and set "
         '"resident_weights_gib" instead',
     )
     yield (

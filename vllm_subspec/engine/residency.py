@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Sizes of this rank's share of the model, and the memory plan made from them."""
 
+import psutil
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -25,7 +26,7 @@ def plan_residency(
     """
     model, parallel = config.model_config, config.parallel_config
     linears = linears_of(first_layer)
-    streamable = block_layout("layer", linears).nbytes if linears else 0
+    streamable = block_layout("layer", linears, transposed=False).nbytes if linears else 0
     whole = sum(p.numel() * p.element_size() for p in first_layer.parameters())
     if streamable < 0.9 * whole:
         raise ValueError(
@@ -43,13 +44,19 @@ def plan_residency(
     heads = 1 if getattr(model.hf_text_config, "tie_word_embeddings", False) else 2
     vocabulary = model.get_vocab_size() // parallel.tensor_parallel_size
     other = heads * vocabulary * model.get_hidden_size() * model.dtype.itemsize
-    return plan_memory(
+    plan = plan_memory(
         ModelSizes([streamable] * layers, [substitute] * layers, other, kv, _WORKSPACE),
         Budget(_device_bytes(config, device), _kv_tokens(config)),
         resident_weights_gib=options.resident_weights_gib,
         ring_layers=options.ring_layers,
         substitute_layers=options.substitute_layers,
     )
+    if not plan.substituted:
+        raise ValueError(
+            'method "subspec" found room for the model but not for any substitute beside it: '
+            'raise --gpu-memory-utilization, or set "resident_weights_gib" to stream some layers'
+        )
+    return plan
 
 
 def _kv_tokens(config: VllmConfig) -> int:
@@ -67,7 +74,5 @@ def _device_bytes(config: VllmConfig, device: torch.device) -> int:
     fraction = config.cache_config.gpu_memory_utilization
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory * fraction)
-    import psutil
-
     ranks = config.parallel_config.tensor_parallel_size
     return int(psutil.virtual_memory().total * fraction / ranks)

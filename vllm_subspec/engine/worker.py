@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """vLLM's workers with streaming and drafting put in."""
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ from vllm_subspec.engine.proposer import SubspecProposer
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    Base = Worker
+    _Worker = Worker
 else:
-    Base = object
+    _Worker = object
 
 
-class SubspecWorker(Base):
+class SubspecWorker(_Worker):
     """Mixed into a vLLM worker class."""
 
     def init_device(self) -> None:
@@ -72,6 +73,15 @@ class SubspecWorker(Base):
     def set_speculation(self, enabled: bool) -> None:
         """Switch drafting off or on while serving (a `collective_rpc`)."""
         self.proposer.enabled = enabled
+
+    def drafting_stats(self) -> dict[str, float]:
+        """Totals of drafting and verifying (`engine.metrics.DraftingStats`)."""
+        return dict(vars(self.proposer.stats))
+
+    def memory_plan(self) -> dict[str, Any]:
+        """The memory plan (`core.plan.MemoryPlan`) and where the streamed weights come from."""
+        plan = dataclasses.asdict(self.loading.plan)
+        return plan | {"total": self.loading.plan.total, "store": self.loading.store_path}
 
     def streaming_stats(self) -> dict[str, float]:
         """Counters of this rank's ring (`weights.ring.RingStats`); empty when nothing streams."""

@@ -11,6 +11,7 @@ the draft runs, the first ``slots`` blocks of the next verification load (the he
     release(i)  ->  slot i % slots is free  ->  load block i + slots, or i % slots after the wrap
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -26,16 +27,14 @@ from vllm_subspec.weights.store import StoreReadError
 class BlockSource(Protocol):
     """Full-precision blocks at rest."""
 
-    def read(
-        self, index: int, out: torch.Tensor, cancel: threading.Event | None = None
-    ) -> None:
+    def read(self, index: int, out: torch.Tensor, cancel: threading.Event | None = None) -> None:
         """Fill ``out`` (uint8 ``[nbytes of block index]``); StoreReadError when it cannot."""
 
     def close(self) -> None: ...
 
 
 class HostSource:
-    """Blocks kept in host memory, one uint8 tensor each (page-locked when a GPU copies from them)."""
+    """Blocks kept in host memory, one uint8 tensor each; page-locked when a GPU copies them."""
 
     def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
         self._blocks = list(blocks)
@@ -43,9 +42,7 @@ class HostSource:
     def block(self, index: int) -> torch.Tensor:
         return self._blocks[index]
 
-    def read(
-        self, index: int, out: torch.Tensor, cancel: threading.Event | None = None
-    ) -> None:
+    def read(self, index: int, out: torch.Tensor, cancel: threading.Event | None = None) -> None:
         out.copy_(self._blocks[index])
 
     def close(self) -> None:
@@ -164,10 +161,9 @@ class Ring:
     def _drain(self, slot: int) -> None:
         if self._loading[slot] < 0:
             return
-        try:
+        # A failed block is not wanted any more; a new read of it will speak for itself.
+        with contextlib.suppress(StoreReadError):
             self.transfer.wait(slot)
-        except StoreReadError:
-            pass  # that block is not wanted any more; a new read of it will speak for itself
         self.transfer.release(slot)
 
 
@@ -216,9 +212,9 @@ class CudaTransfer:
     """Copies blocks into slots in device memory on a copy stream.
 
     A `HostSource` (page-locked) is copied from directly; any other source is first read by a
-    background thread into ``staging``, page-locked buffers used in turn. Events fence both directions: the
-    copy stream waits until the compute stream has finished with a slot, the compute stream waits
-    until the copy has arrived.
+    background thread into ``staging``, page-locked buffers used in turn. Events fence both
+    directions: the copy stream waits until the compute stream has finished with a slot, the
+    compute stream waits until the copy has arrived.
     """
 
     def __init__(

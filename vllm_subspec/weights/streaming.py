@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader.reload.meta import CopyCounter
 from vllm.model_executor.offloader.base import BaseOffloader
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_subspec.weights.plain_linear import plain_linear, stores_transposed
 from vllm_subspec.weights.ring import Ring
 from vllm_subspec.weights.store import BlockLayout, TensorSpec
 
@@ -52,7 +52,9 @@ class StreamedLinearMethod(UnquantizedLinearMethod):
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return functional.linear(x, layer.weight, bias)
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return plain_linear(x, weight, bias)
 
 
 @dataclass
@@ -67,17 +69,29 @@ class StreamedLayer:
     linears: dict[str, LinearBase]
     """By name within the layer."""
     layout: BlockLayout
+    transposed: bool
+    """Whether the block holds the weights as [in, out]."""
     absorbed: bool = False
     missing_numel: dict[str, int] = field(default_factory=dict)
     """Elements that the checkpoint has not yet delivered, by linear."""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def loaded(self) -> dict[str, torch.Tensor]:
         """The full-precision weights, ``[out, in]`` each, by linear; valid until absorbed."""
         return {name: linear.weight.data for name, linear in self.linears.items()}
 
+    def weights_in(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of a block as weights, ``[out, in]`` each."""
+        views = self.layout.views(block)
+        return {name: view.t() for name, view in views.items()} if self.transposed else views
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The loaded weight ``name`` in the order in which the block holds it."""
+        weight = self.linears[name].weight.data
+        return weight.t() if self.transposed else weight
+
     def point_at(self, slot: torch.Tensor) -> None:
         """Make every weight a view into ``slot``."""
-        for name, view in self.layout.views(slot).items():
+        for name, view in self.weights_in(slot).items():
             self.linears[name].weight.data = view
 
 
@@ -89,17 +103,16 @@ def linears_of(layer: nn.Module) -> dict[str, LinearBase]:
     return {
         name: module
         for name, module in layer.named_modules()
-        if isinstance(module, LinearBase)
-        and type(module.quant_method) is UnquantizedLinearMethod
+        if isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod
     }
 
 
-def block_layout(name: str, linears: dict[str, LinearBase]) -> BlockLayout:
-    specs = tuple(
-        TensorSpec(key, tuple(linear.weight.shape), linear.weight.dtype)
-        for key, linear in linears.items()
-    )
-    return BlockLayout(name, specs)
+def block_layout(name: str, linears: dict[str, LinearBase], transposed: bool) -> BlockLayout:
+    def spec(key: str, weight: torch.Tensor) -> TensorSpec:
+        shape = weight.t().shape if transposed else weight.shape
+        return TensorSpec(key, tuple(shape), weight.dtype)
+
+    return BlockLayout(name, tuple(spec(key, x.weight) for key, x in linears.items()))
 
 
 class StreamingOffloader(BaseOffloader):
@@ -166,13 +179,10 @@ class StreamingOffloader(BaseOffloader):
 
     def _take_out(self, index: int, module: nn.Module) -> None:
         linears = linears_of(module)
-        layer = StreamedLayer(
-            index,
-            len(self.streamed),
-            module,
-            linears,
-            block_layout(f"layers.{index}", linears),
-        )
+        weight = next(iter(linears.values())).weight
+        transposed = stores_transposed(weight.device, weight.dtype)
+        layout = block_layout(f"layers.{index}", linears, transposed)
+        layer = StreamedLayer(index, len(self.streamed), module, linears, layout, transposed)
         waiting = set(linears)
 
         def loaded(name: str) -> Callable[[], None]:

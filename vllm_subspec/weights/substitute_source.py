@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Where substitutes come from: quantized while the target loads, or an existing low-bit checkpoint."""
+"""Where substitutes come from: quantized while the target loads, or a low-bit checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

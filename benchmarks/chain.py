@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""SubSpec with chains against the same engine streaming without speculation.
+
+    python -m benchmarks.chain [--gib 1.6] [--bits 4 8] [--tokens 128] [--plain-tokens 24]
+
+For each width of the substitutes one process: every decoder layer is streamed from disk, batch 1,
+greedy. Each prompt is answered without speculation and with it, one after the other. Beside the
+speeds stand the bounds of design: tokens per round over the time of streaming, of drafting, and of
+both. Writes benchmarks/results/chain.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+
+RESULT = Path(__file__).resolve().parent / "results" / "chain.json"
+
+
+def reader_bandwidth(store: str) -> float:
+    """Bytes/s of plain O_DIRECT reads of the whole file, nothing else running: 4 x 8 MiB."""
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    from vllm_subspec.weights.store import aligned_buffer
+
+    size = os.stat(store).st_size // 4096 * 4096
+    piece = 8 << 20
+    fd = os.open(store, os.O_RDONLY | os.O_DIRECT)
+    buffers = [aligned_buffer(piece) for _ in range(4)]
+
+    def read(lane: int) -> None:
+        view = memoryview(buffers[lane].numpy())
+        for at in range(lane * piece, size, 4 * piece):
+            os.preadv(fd, [view[: min(piece, size - at)]], at)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    seconds = time.perf_counter() - began
+    os.close(fd)
+    return size / seconds
+
+
+def measure(bits: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One engine: both ways on every prompt, alternating."""
+    from benchmarks.session import BUILD, PROMPTS, Session, checkpoint, peak_rss
+    from vllm_subspec.core.plan import overlapped_bound, serial_bound
+
+    model = checkpoint(args.gib)
+    options = {
+        "resident_weights_gib": 0,
+        "bits": bits,
+        "store_dir": str(BUILD / "stores"),
+        "num_speculative_tokens": args.depth,
+        "ring_layers": args.ring_layers,
+    }
+    session = Session(model, {k: v for k, v in options.items() if v is not None})
+    plan = session.call("memory_plan")
+    bandwidths, rows = [], []
+    session.generate(PROMPTS[:1], 32, speculate=True)
+    session.generate(PROMPTS[:1], 2, speculate=False)
+    ring = {"bytes": 0.0, "seconds": 0.0}
+    head = {"ready": 0.0, "total": 0.0}
+    rounds: dict[str, float] = {}
+    for prompt in PROMPTS:
+        bandwidths.append(reader_bandwidth(plan["store"]))
+        before = session.call("streaming_stats")
+        (plain,) = session.generate([prompt], args.plain_tokens, speculate=False)
+        between = session.call("streaming_stats")
+        drafted = session.call("drafting_stats")
+        (subspec,) = session.generate([prompt], args.tokens, speculate=True)
+        after = session.call("streaming_stats")
+        for key, value in session.call("drafting_stats").items():
+            rounds[key] = rounds.get(key, 0) + value - drafted[key]
+        # All passes but the first of the answer lie within its decode time.
+        share = (len(plain.steps) - 1) / len(plain.steps)
+        ring["bytes"] += (between["bytes_streamed"] - before["bytes_streamed"]) * share
+        ring["seconds"] += plain.decode_seconds
+        head["ready"] += after["head_start_ready"] - between["head_start_ready"]
+        head["total"] += after["head_start_total"] - between["head_start_total"]
+        rows.append(
+            {
+                "plain_tokens_per_second": plain.tokens_per_second,
+                "subspec_tokens_per_second": subspec.tokens_per_second,
+                "tau": subspec.tau,
+                "common_prefix": _common(plain.tokens, subspec.tokens),
+                "plain_tokens": len(plain.tokens),
+            }
+        )
+    plain_speed = _harmonic([r["plain_tokens_per_second"] for r in rows])
+    speed = _harmonic([r["subspec_tokens_per_second"] for r in rows])
+    reader = sorted(bandwidths)[len(bandwidths) // 2]
+    tau = rounds["emitted_tokens"] / rounds["rounds"]
+    stream = plan["store_bytes"] / reader
+    draft = rounds["draft_seconds"] / rounds["rounds"]
+    overlapped = overlapped_bound(tau, stream, draft)
+    return {
+        "bits": bits,
+        "model_gib": args.gib,
+        "streamed_bytes": plan["store_bytes"],
+        "plain_tokens_per_second": plain_speed,
+        "subspec_tokens_per_second": speed,
+        "speedup": speed / plain_speed,
+        "tau": tau,
+        "draft_steps_per_round": rounds["steps"] / rounds["rounds"],
+        "draft_seconds_per_round": draft,
+        "verify_seconds_per_round": rounds["verify_seconds"] / rounds["rounds"],
+        "stream_seconds": stream,
+        "overlapped_bound": overlapped,
+        "serial_bound": serial_bound(tau, stream, draft),
+        "efficiency": speed / overlapped,
+        "reader_bytes_per_second": reader,
+        "ring_bytes_per_second": ring["bytes"] / ring["seconds"],
+        "ring_share_of_reader": ring["bytes"] / ring["seconds"] / reader,
+        "head_start_ready": head["ready"] / head["total"],
+        "ring_layers": plan["ring_layers"],
+        "peak_rss_bytes": peak_rss(),
+        "planned_bytes": plan["total"],
+        "prompts": rows,
+    }
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common prefix."""
+    pairs = list(zip(a, b, strict=False))
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+
+
+def _harmonic(speeds: list[float]) -> float:
+    return len(speeds) / sum(1 / s for s in speeds)
+
+
+def _worker(bits: int, args: argparse.Namespace, out: Any) -> None:
+    out.put(measure(bits, args))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=1.6)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--plain-tokens", type=int, default=24)
+    parser.add_argument("--depth", type=int, default=48)
+    parser.add_argument("--ring-layers", type=int)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    results = []
+    context = multiprocessing.get_context("spawn")
+    for bits in args.bits:
+        queue: Any = context.Queue()
+        process = context.Process(target=_worker, args=(bits, args, queue))
+        process.start()
+        process.join()
+        if process.exitcode:
+            return 1
+        results.append(queue.get())
+    report.write(args.out, {"environment": report.environment(), "results": results})
+    for result in results:
+        print(json.dumps({k: v for k, v in result.items() if k != "prompts"}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Show SubSpec at work: the same prompts without speculation and with it, in one run.
+
+    python -m benchmarks.demo [--gib 0.5] [--tokens 48] [--bits 8]
+
+Every decoder layer's full-precision weights are read from disk for every verification. Tokens that
+the draft proposed and the target accepted are printed in green, the target's own in white.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from benchmarks.session import BUILD, PROMPTS, Generated, Session, checkpoint, peak_rss
+
+GREEN, BOLD, DIM, RESET = "\x1b[32m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+
+def coloured(session: Session, answer: Generated, colour: bool) -> str:
+    """The answer's text, accepted draft tokens in green."""
+    tokenizer = session.llm.get_tokenizer()
+    out, start, shown = "", 0, ""
+    for emitted in answer.steps:
+        for i in range(emitted):
+            # Decode the prefix and take what is new: tokens may be parts of characters.
+            text = tokenizer.decode(answer.tokens[: start + i + 1])
+            piece, shown = text[len(shown) :], text
+            accepted = colour and i < emitted - 1
+            out += f"{GREEN}{piece}{RESET}" if accepted else piece
+        start += emitted
+    return out
+
+
+def row(name: str, answers: list[Generated], streamed: float) -> list[str]:
+    tokens = sum(a.decode_tokens for a in answers)
+    seconds = sum(a.decode_seconds for a in answers)
+    rounds = sum(len(a.steps) - 1 for a in answers)
+    return [
+        name,
+        f"{tokens / seconds:.2f}",
+        f"{tokens / rounds:.1f}",
+        f"{streamed / sum(len(a.tokens) for a in answers) / 2**20:,.0f}",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=0.5, help="size of the model (default 0.5)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per prompt (default 48)")
+    parser.add_argument("--bits", type=int, default=8, choices=(2, 3, 4, 8), help="of substitutes")
+    args = parser.parse_args()
+    colour = sys.stdout.isatty() or os.environ.get("FORCE_COLOR") == "1"
+
+    model = checkpoint(args.gib)
+    began = time.perf_counter()
+    session = Session(
+        model,
+        {
+            "resident_weights_gib": 0,
+            "bits": args.bits,
+            "store_dir": str(BUILD / "stores"),
+        },
+    )
+    plan = session.call("memory_plan")
+    print(
+        f"\n{BOLD}{model.name}{RESET}: {plan['store_bytes'] / 2**30:.2f} GiB of decoder layers "
+        f"streamed from disk through a ring of {plan['ring_layers']} layers, "
+        f"{plan['substitute_bytes'] / 2**30:.2f} GiB of {args.bits}-bit substitutes "
+        f"{DIM}(ready after {time.perf_counter() - began:.0f} s){RESET}\n"
+    )
+    session.generate(PROMPTS[:1], 4, speculate=True)  # warm-up
+    plain: list[Generated] = []
+    subspec: list[Generated] = []
+    streamed = {}
+    for answers, speculate in ((plain, False), (subspec, True)):
+        before = session.call("streaming_stats")["bytes_streamed"]
+        for prompt in PROMPTS:
+            answers += session.generate([prompt], args.tokens, speculate)
+        streamed[speculate] = session.call("streaming_stats")["bytes_streamed"] - before
+
+    for answer in subspec:
+        print(f"{DIM}{answer.prompt}{RESET}{coloured(session, answer, colour)}\n{DIM}---{RESET}")
+    print(f"{GREEN}green{RESET}: drafted by the substitutes, accepted by the target\n")
+
+    rows = [
+        ["", "tokens/s", "tokens/round", "MiB streamed/token"],
+        row("no speculation", plain, streamed[False]),
+        row("SubSpec", subspec, streamed[True]),
+    ]
+    for cells in rows:
+        print(f"  {cells[0]:<16}" + "".join(f"{cell:>20}" for cell in cells[1:]))
+    same = [a.tokens == b.tokens for a, b in zip(plain, subspec, strict=True)]
+    speedup = float(rows[2][1]) / float(rows[1][1])
+    print(f"\n  speed-up          {BOLD}{speedup:.1f}x{RESET}")
+    print(f"  identical text    {'yes' if all(same) else f'{sum(same)} of {len(same)} prompts'}")
+    print(f"  peak memory       {peak_rss() / 2**30:.2f} GiB (planned {plan['total'] / 2**30:.2f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

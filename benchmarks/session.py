@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""One real engine in this process, generating with speculation switched on or off at will.
+
+Both ways share the engine, its streamed weights and its store, so that a ratio between them is a
+ratio on one machine in one run.
+"""
+
+import os
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from benchmarks.upscale import Recipe, load_config, pick_shape, upscale
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+"""Checkpoints and stores that the demo and the benchmarks make; not in git."""
+
+PROMPTS = [
+    "import os\nimport sys\n\n\ndef walk(path):\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "def parse_args(argv=None):\n    parser = argparse.ArgumentParser(",
+    "    def test_empty(self):\n        self.assertEqual(",
+]
+
+
+def checkpoint(gib: float, dtype: str = "bfloat16") -> Path:
+    """The bundled model made at least ``gib`` GiB large, written once."""
+    folder = BUILD / f"pystd-{gib:g}gib-{dtype}"
+    if not (folder / "config.json").exists():
+        source = ROOT / "models" / "pystd-6m"
+        width, layers = pick_shape(load_config(source), gib, dtype)
+        upscale(source, folder, Recipe(source.name, width, layers, 2.5, 0, dtype))
+    return folder
+
+
+@dataclass
+class Generated:
+    """One answer. ``steps`` is the number of tokens that each engine step emitted."""
+
+    prompt: str
+    tokens: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    text: str = ""
+    prefill_seconds: float = 0.0
+    """Until the first step's token."""
+    decode_seconds: float = 0.0
+    """From then to the last token."""
+
+    @property
+    def decode_tokens(self) -> int:
+        return len(self.tokens) - self.steps[0]
+
+    @property
+    def tau(self) -> float:
+        """Tokens per round after the first step."""
+        return self.decode_tokens / max(1, len(self.steps) - 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds
+
+
+class Session:
+    """An engine with method ``subspec``.
+
+    Args:
+        model: folder of the checkpoint.
+        options: the options of ``--speculative-config`` other than ``method``.
+        engine: further arguments of `vllm.LLM`.
+    """
+
+    def __init__(self, model: Path, options: dict[str, Any], **engine: Any) -> None:
+        settings: dict[str, Any] = {
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 256 << 20,
+            "disable_log_stats": False,
+            "seed": 0,
+        }
+        settings |= engine
+        self.llm = LLM(str(model), speculative_config={"method": "subspec", **options}, **settings)
+        self.settings = settings
+        self._engine = self.llm.llm_engine
+        self._count = 0
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A method of the (only) worker."""
+        return self.llm.collective_rpc(method, args=args)[0]
+
+    def generate(
+        self, prompts: list[str], max_tokens: int, speculate: bool, **sampling: Any
+    ) -> list[Generated]:
+        """All prompts in one batch, greedy unless ``sampling`` says otherwise."""
+        self.call("set_speculation", speculate)
+        self.llm.reset_prefix_cache()
+        tokenizer = self.llm.get_tokenizer()
+        params = SamplingParams(
+            **{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+        )
+        answers: dict[str, Generated] = {}
+        for prompt in prompts:
+            self._count += 1
+            ids = tokenizer.encode(prompt)
+            internal = self._engine.add_request(
+                str(self._count), TokensPrompt(prompt_token_ids=ids), params
+            )
+            answers[str(self._count)] = Generated(prompt)
+            assert internal.startswith(str(self._count))
+        began = time.perf_counter()
+        first: dict[str, float] = {}
+        while self._engine.has_unfinished_requests():
+            outputs = self._engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                answer = answers[output.request_id]
+                tokens = list(output.outputs[0].token_ids)
+                if len(tokens) > len(answer.tokens):
+                    answer.steps.append(len(tokens) - len(answer.tokens))
+                    answer.tokens = tokens
+                first.setdefault(output.request_id, now)
+                answer.prefill_seconds = first[output.request_id] - began
+                answer.decode_seconds = now - first[output.request_id]
+                answer.text = output.outputs[0].text
+        return list(answers.values())
+
+
+def peak_rss() -> int:
+    """Bytes this process has ever had in memory at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

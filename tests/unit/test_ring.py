@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""The ring gives every block, whole, to the pass that waits for it."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_subspec.weights.ring import HostSource, Ring, ThreadTransfer
+from vllm_subspec.weights.store import StoreReadError
+
+NBYTES = 64
+
+
+class SlowSource:
+    """Writes a block byte by byte with pauses, as a disk would; can be told to fail."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.failing: set[int] = set()
+        self.reads: list[int] = []
+
+    def read(self, index: int, out: torch.Tensor, cancel: threading.Event | None = None) -> None:
+        self.reads.append(index)
+        out.fill_(255)
+        time.sleep(self.random.random() * 0.002)
+        if index in self.failing:
+            raise StoreReadError(f"block {index} is unreadable")
+        out.fill_(index)
+
+    def close(self) -> None:
+        pass
+
+
+def make_ring(blocks: int, slots: int, source: SlowSource) -> tuple[Ring, list[torch.Tensor]]:
+    buffers = [torch.zeros(NBYTES, dtype=torch.uint8) for _ in range(slots)]
+    sizes = [NBYTES] * blocks
+    return Ring(ThreadTransfer(source, buffers, sizes), sizes, slots), buffers
+
+
+def run_pass(ring: Ring, buffers: list[torch.Tensor], upto: int) -> list[bool]:
+    """One pass over the first ``upto`` blocks; whether each was whole from wait to release."""
+    whole = []
+    for block in range(upto):
+        ring.wait(block)
+        slot = buffers[block % ring.slots]
+        good = bool((slot == block).all())
+        time.sleep(0.0005)  # a loader that overwrote the slot in use would do so here
+        whole.append(good and bool((slot == block).all()))
+        ring.release(block)
+    return whole
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    blocks=st.integers(1, 9),
+    slots=st.integers(1, 9),
+    passes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_every_block_is_whole_in_every_pass(
+    blocks: int, slots: int, passes: list[int], seed: int
+) -> None:
+    """Also when passes stop early, whatever the numbers of blocks and slots."""
+    source = SlowSource(seed)
+    ring, buffers = make_ring(blocks, min(slots, blocks), source)
+    for upto in passes:
+        assert all(run_pass(ring, buffers, min(upto, blocks)))
+    assert all(run_pass(ring, buffers, blocks))
+    assert ring.take_failure() is None
+    ring.close()
+
+
+def test_full_passes_read_each_block_once() -> None:
+    source = SlowSource()
+    ring, buffers = make_ring(7, 3, source)
+    for _ in range(4):
+        assert all(run_pass(ring, buffers, 7))
+    ring.close()
+    # Four passes, and the head start of a fifth that may or may not have begun.
+    assert 4 * 7 <= len(source.reads) <= 4 * 7 + 3
+    assert sorted(source.reads[:7]) == list(range(7))
+    assert ring.stats.bytes_streamed == 4 * 7 * NBYTES
+
+
+def test_the_head_start_loads_between_passes() -> None:
+    ring, buffers = make_ring(6, 3, SlowSource())
+    run_pass(ring, buffers, 6)
+    deadline = time.monotonic() + 10
+    while not all(ring.transfer.ready(slot) for slot in range(3)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    run_pass(ring, buffers, 6)
+    assert (ring.stats.head_start_ready, ring.stats.head_start_total) == (3, 3)
+    ring.close()
+
+
+@pytest.mark.parametrize("failing", [0, 2, 5])
+def test_an_unreadable_block_fails_its_pass_only(failing: int) -> None:
+    source = SlowSource()
+    ring, buffers = make_ring(6, 2, source)
+    assert all(run_pass(ring, buffers, 6))
+    source.failing = {failing}
+    # The head start may have been read before the fault, so it shows in this pass or the next.
+    outcomes = []
+    for _ in range(2):
+        whole = run_pass(ring, buffers, 6)
+        failure = ring.take_failure()
+        assert (failure is None) == all(whole)
+        outcomes.append(failure)
+    assert isinstance(outcomes[-1], StoreReadError)
+    source.failing = set()
+    run_pass(ring, buffers, 6)
+    ring.take_failure()  # the head start of this pass may still have been read under the fault
+    assert all(run_pass(ring, buffers, 6))
+    assert ring.take_failure() is None
+    ring.close()
+
+
+def test_host_source_serves_its_blocks() -> None:
+    blocks = [torch.full((NBYTES,), index, dtype=torch.uint8) for index in range(4)]
+    buffers = [torch.zeros(NBYTES, dtype=torch.uint8) for _ in range(2)]
+    ring = Ring(ThreadTransfer(HostSource(blocks), buffers, [NBYTES] * 4), [NBYTES] * 4, 2)
+    assert all(run_pass(ring, buffers, 4))
+    ring.close()
+
+
+def test_more_slots_than_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 slots cannot serve 2 blocks"):
+        make_ring(2, 3, SlowSource())
