@@ -35,7 +35,7 @@ def reader_bandwidth(store: str) -> float:
     buffers = [aligned_buffer(piece) for _ in range(4)]
 
     def read(lane: int) -> None:
-        view = memoryview(buffers[lane].numpy())
+        view = memoryview(buffers[lane].numpy().data)
         for at in range(lane * piece, size, 4 * piece):
             os.preadv(fd, [view[: min(piece, size - at)]], at)
 

@@ -7,7 +7,7 @@ scheduler reserved behind the committed tokens (the lookahead), at or above the 
 verification that follows writes the target's K/V over every one of them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class DraftForward:
         self, runner: "GPUModelRunner", draft: nn.Module, rows: np.ndarray, positions: np.ndarray
     ) -> None:
         self._runner = runner
-        self._draft = draft
+        self._draft: Any = draft  # a vLLM model: its interface is not a class's
         table = runner.input_batch.block_table[0]
         self._block_size = table.block_size
         device = runner.device
@@ -90,5 +90,5 @@ class DraftForward:
             hidden = self._draft(input_ids=tokens, positions=self._positions)
         self._positions = self._positions + 1
         self._last_position += 1
-        logits: torch.Tensor = self._draft.get_submodule("").compute_logits(hidden)
+        logits: torch.Tensor = self._draft.compute_logits(hidden)
         return logits

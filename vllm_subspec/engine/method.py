@@ -11,7 +11,7 @@ and part of the compilation hash), and the worker class becomes ours.
 import functools
 from typing import Any
 
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config import CUDAGraphMode, ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -46,6 +46,21 @@ def install() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
+def _use_piecewise_graphs(args: EngineArgs) -> None:
+    """A captured graph cannot wait for a copy that was issued outside it: graphs must end there.
+
+    The worker adds our operators to those at which vLLM cuts its graphs.
+    """
+    compilation = args.compilation_config
+    if compilation.cudagraph_mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY):
+        raise ValueError(
+            'method "subspec" needs CUDA graphs in pieces, but cudagraph_mode is '
+            f"{compilation.cudagraph_mode.name}: set it to PIECEWISE or NONE"
+        )
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
 def _rewrite(
     args: EngineArgs,
     given: dict[str, Any],
@@ -62,6 +77,8 @@ def _rewrite(
             f'method "subspec" runs on CPU and CUDA, not on {current_platform.device_type}'
         )
     refusals.check(args, model_config, parallel_config)
+    if current_platform.is_cuda():
+        _use_piecewise_graphs(args)
     parallel_config.worker_cls = worker
     args.additional_config = {**(args.additional_config or {}), METHOD: options.to_json_dict()}
     args.spec_method = args.spec_model = args.spec_tokens = None

@@ -16,17 +16,14 @@ from vllm_subspec.config import SubspecOptions
 from vllm_subspec.engine.failure import FailedOutput
 from vllm_subspec.engine.loading import Loading
 from vllm_subspec.engine.proposer import SubspecProposer
+from vllm_subspec.weights.streaming import RING_OPERATORS
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    _Worker = Worker
-else:
-    _Worker = object
 
-
-class SubspecWorker(_Worker):
-    """Mixed into a vLLM worker class."""
+class SubspecWorker(Worker):
+    """What both workers share; put before a platform's worker class among the bases."""
 
     def init_device(self) -> None:
         super().init_device()
@@ -98,5 +95,9 @@ class SubspecCPUWorker(SubspecWorker, CPUWorker):
     pass
 
 
-class SubspecGPUWorker(SubspecWorker, Worker):
-    pass
+class SubspecGPUWorker(SubspecWorker):
+    def init_device(self) -> None:
+        # Graphs are cut where blocks are awaited and released (see `method`).
+        if self.vllm_config.compilation_config.splitting_ops:
+            self.vllm_config.compilation_config.splitting_ops += RING_OPERATORS
+        super().init_device()

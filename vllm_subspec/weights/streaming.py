@@ -35,6 +35,9 @@ artefact may be loaded from a cache that another engine wrote.
 """
 
 
+RING_OPERATORS = ("vllm::subspec_wait_block", "vllm::subspec_release_block")
+
+
 class StreamedLinearMethod(UnquantizedLinearMethod):
     """An unquantized linear whose weight is a plain tensor in a ring slot.
 

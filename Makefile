@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+# Threads, OpenMP and allocator for vLLM's CPU backend; empty on a CUDA installation.
+FAST := environment="$$($(VENV_PYTHON) scripts/cpu_env.py)" && eval "$$environment" &&
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo bench clean
+
+help:  ## list these commands
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+setup:  ## make .venv with vLLM for this machine (done once, then quick)
+	@$(PYTHON) scripts/setup.py
+
+test: setup  ## run the tests (ARGS="-k store" to choose)
+	@$(FAST) $(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: setup  ## style, formatting and types
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+demo: setup  ## stream a model from disk with and without SubSpec, side by side
+	@$(FAST) $(VENV_PYTHON) -m benchmarks.demo $(ARGS)
+
+bench: setup  ## measure the figures in benchmarks/ (ARGS are passed on)
+	@$(FAST) $(VENV_PYTHON) -m benchmarks.chain $(ARGS)
+
+clean:  ## remove .venv, caches and everything the demo and benchmarks made
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
