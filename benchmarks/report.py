@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and command line of this run."""
     flags = _cpu("flags").split()
     return {
-        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "command": shlex.join(["python", *_relative(sys.orig_argv[1:])]),
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
