@@ -50,6 +50,8 @@ class Generated:
     tokens: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     text: str = ""
+    margins: list[float] = field(default_factory=list)
+    """Log probability of the best token minus that of the second, with ``logprobs=2``."""
     prefill_seconds: float = 0.0
     """Until the first step's token."""
     decode_seconds: float = 0.0
@@ -86,6 +88,7 @@ class Session:
             "kv_cache_memory_bytes": 256 << 20,
             "disable_log_stats": False,
             "seed": 0,
+            "use_tqdm_on_load": False,
         }
         settings |= engine
         self.llm = LLM(str(model), speculative_config={"method": "subspec", **options}, **settings)
@@ -131,6 +134,13 @@ class Session:
                 answer.prefill_seconds = first[output.request_id] - began
                 answer.decode_seconds = now - first[output.request_id]
                 answer.text = output.outputs[0].text
+                answer.margins = [
+                    best - second
+                    for best, second in (
+                        sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
+                        for position in output.outputs[0].logprobs or []
+                    )
+                ]
         return list(answers.values())
 
 

@@ -62,7 +62,10 @@ class SubspecOptions(BaseModel):
         description="16, 32, 64, 128, 256, -1 (one group per row) or null (64 below 8 bits, one "
         "group per row at 8)",
     )
-    quantizer: Literal["hqq", "rtn"] = Field("hqq", description='"hqq" or "rtn"')
+    quantizer: Literal["hqq", "rtn"] | None = Field(
+        None,
+        description='"hqq", "rtn" or null ("hqq" below 8 bits; "rtn" at 8, where it is as good)',
+    )
     resident_weights_gib: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
         Field("auto", description='"auto" or a number of GiB from 0 (stream every decoder layer)')
     )

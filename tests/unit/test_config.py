@@ -13,7 +13,7 @@ from vllm_subspec.config import SubspecOptions
 def test_defaults() -> None:
     options = SubspecOptions.parse({})
     assert options.num_speculative_tokens == 48
-    assert (options.bits, options.group_size, options.quantizer) == (4, None, "hqq")
+    assert (options.bits, options.group_size, options.quantizer) == (4, None, None)
     assert options.resident_weights_gib == "auto"
     assert (options.weight_source, options.store_dir, options.ring_layers) == ("auto", None, None)
     assert options.draft_temperature == 0.2

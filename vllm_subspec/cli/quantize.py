@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -33,10 +35,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         fmt = QuantFormat(args.bits, args.group_size, args.symmetric)
         source = _model_folder(args.model)
-        with tqdm(unit=" weights", unit_scale=True, desc="quantising", delay=1e-9) as bar:
+        with ExitStack() as stack:
+            bar: tqdm[NoReturn] | None = None
 
             def progress(done: int, total: int) -> None:
-                bar.total = total
+                nonlocal bar
+                if bar is None:  # not before the first weight: bad input shows no bar
+                    bar = tqdm(total=total, unit=" weights", unit_scale=True, desc="quantising")
+                    stack.enter_context(bar)
                 bar.update(done - bar.n)
 
             quantize_checkpoint(source, args.out, fmt, args.quantizer, progress)

@@ -125,7 +125,7 @@ def _half_quadratic_scale(
     return torch.where(improved & fitted.isfinite(), fitted, scale)
 
 
-_ScaleSearch = Callable[[Tensor, Tensor, Tensor, QuantFormat, torch.dtype, int], Tensor]
+_ScaleSearch = Callable[[Tensor, Tensor, Tensor, "QuantFormat", torch.dtype, int], Tensor]
 SCALE_SEARCH: dict[str, _ScaleSearch] = {
     "hqq": _half_quadratic_scale,
     "rtn": _keep_scale,

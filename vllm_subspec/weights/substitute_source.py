@@ -63,7 +63,8 @@ class SubstituteSource:
             kernel, fmt = kernels.choose(
                 self._options.bits, self._options.group_size, self._device, self._dtype
             )
-            coded = quantize(weight.to(self._device), fmt, self._options.quantizer)
+            quantizer = self._options.quantizer or ("hqq" if self._options.bits < 8 else "rtn")
+            coded = quantize(weight.to(self._device), fmt, quantizer)
         else:
             coded = self._load(linear)
             kernel, _ = kernels.choose(
