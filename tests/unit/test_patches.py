@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""The patches apply to the installed vLLM, and their run-time forms do what they say."""
+
+import inspect
+import os
+import py_compile
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.triton_utils import HAS_TRITON
+from vllm.utils import cpu_triton_utils
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs, FinishReason
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_subspec import plugin
+from vllm_subspec.engine import compat
+from vllm_subspec.engine.failure import FailedOutput
+
+ROOT = Path(__file__).parents[2]
+PATCHES = sorted((ROOT / "patches").glob("*.patch"))
+MODEL = ROOT / "models" / "pystd-6m"
+INSTALLED = Path(vllm.__file__).parent.parent
+TOUCHED = re.compile(r"^diff --git a/(\S+) b/\1$", re.MULTILINE)
+DRAFTS = 4
+BLOCK = 16
+BLOCKS = 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugin() -> None:
+    plugin.register()
+
+
+# The files
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_patch_applies_to_the_installed_vllm(patch: Path, tmp_path: Path) -> None:
+    touched = TOUCHED.findall(patch.read_text())
+    assert touched
+    for name in touched:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(INSTALLED / name, tmp_path / name)
+    before = {name: (tmp_path / name).read_text() for name in touched}
+    # Outside any repository, or git would take the paths as relative to its root.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    for options in (["--check"], []):
+        done = subprocess.run(
+            ["git", "apply", *options, str(patch)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    for name in touched:
+        assert (tmp_path / name).read_text() != before[name]
+        py_compile.compile(str(tmp_path / name), doraise=True)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_patch_says_why_how_and_until_when(patch: Path) -> None:
+    text = patch.read_text()
+    head = text.split("\n---\n", 1)[0]
+    assert re.match(r"From [0-9a-f]{40} .*\nFrom: .+\nDate: .+\nSubject: \[PATCH\] .+\n", head)
+    for heading in ("Why", "How", "Remove when"):
+        assert re.search(rf"^\*\*{heading}\*\*\n\n\S", head, re.MULTILINE), heading
+    assert "subspec" not in text.split("Subject:", 1)[1], "a patch for vLLM does not name us"
+
+
+def test_patches_and_run_time_forms_match() -> None:
+    named = compat.apply.__code__.co_names
+    forms = [getattr(compat, name) for name in named if inspect.isfunction(vars(compat).get(name))]
+    cited = [re.findall(r"\bpatches/(\d{4})\b", inspect.getdoc(form) or "") for form in forms]
+    assert cited == [[patch.name[:4]] for patch in PATCHES]
+    readme = (ROOT / "patches" / "README.md").read_text()
+    for patch, form in zip(PATCHES, forms, strict=True):
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{patch.name}`"))
+        assert f"`compat.{form.__name__}`" in row
+
+
+def test_applying_twice_changes_nothing() -> None:
+    def symbols() -> list[Any]:
+        return [
+            inspect.getattr_static(owner, name)
+            for owner, name in (
+                (VllmConfig, "num_lookahead_tokens"),
+                (cpu_triton_utils, "_expand_kernel_impl"),
+                (CPUModelRunner, "_sample"),
+                (CPUModelRunner, "_bookkeeping_sync"),
+                (GPUModelRunner, "_sample"),
+                (GPUModelRunner, "_bookkeeping_sync"),
+                (Scheduler, "update_from_output"),
+            )
+        ]
+
+    before = symbols()
+    compat.apply()
+    assert all(one is other for one, other in zip(before, symbols(), strict=True))
+    assert "_sample" in vars(CPUModelRunner)
+    assert not hasattr(GPUModelRunner._sample, "__wrapped__"), "only the CPU runner is changed"
+
+
+# 0001
+
+
+def _config(**speculative: Any) -> VllmConfig:
+    arguments = EngineArgs(
+        model=str(MODEL),
+        max_model_len=512,
+        max_num_batched_tokens=128,
+        speculative_config=speculative or None,
+        enforce_eager=True,
+    )
+    return arguments.create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def subspec_config() -> VllmConfig:
+    return _config(method="subspec", num_speculative_tokens=DRAFTS)
+
+
+def test_drafts_get_lookahead_slots(subspec_config: VllmConfig) -> None:
+    assert subspec_config.speculative_config.method == "custom_class"
+    assert subspec_config.num_lookahead_tokens == DRAFTS
+
+
+def test_other_methods_keep_their_lookahead() -> None:
+    assert _config().num_lookahead_tokens == 0
+    ngram = _config(method="ngram", num_speculative_tokens=DRAFTS, prompt_lookup_max=2)
+    assert ngram.num_lookahead_tokens == 0
+
+
+# 0002
+
+
+@st.composite
+def _expansions(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], float, float]:
+    dtype = draw(st.sampled_from([torch.float32, torch.int32, torch.int64]))
+    values: list[float] = draw(
+        st.lists(st.sampled_from([0, 1, 2, 7, -1]), min_size=1, max_size=6)
+        if not dtype.is_floating_point
+        else st.lists(st.sampled_from([0.0, 0.25, 0.7, 1.0, 1.5]), min_size=1, max_size=6)
+    )
+    counts = draw(st.lists(st.integers(0, 5), min_size=len(values), max_size=len(values)))
+    replace_from, replace_to = draw(st.sampled_from([(0, 0), (0, 1), (1, 7), (-1, 2)]))
+    return torch.tensor(values, dtype=dtype), counts, replace_from, replace_to
+
+
+@given(_expansions(), st.sampled_from([torch.int32, torch.int64]))
+def test_expand_kernel_repeats_each_value(
+    case: tuple[torch.Tensor, list[int], float, float], count_dtype: torch.dtype
+) -> None:
+    values, counts, replace_from, replace_to = case
+    expected = [
+        replace_to if value == replace_from else value
+        for value, count in zip(values.tolist(), counts, strict=True)
+        for _ in range(count)
+    ]
+    output = torch.full((sum(counts),), 99, dtype=values.dtype)
+    cumulative = torch.tensor(counts).cumsum(0).to(count_dtype)
+    cpu_triton_utils._expand_kernel_impl(output, values, cumulative, replace_from, replace_to)
+    assert torch.equal(output, torch.tensor(expected, dtype=values.dtype))
+
+
+@pytest.mark.skipif(HAS_TRITON, reason="with Triton the sampler does not use the CPU kernel")
+def test_the_sampler_runs_the_repaired_kernel() -> None:
+    # As in a worker: plugins first, the platform's kernels second.
+    current_platform.register_triton_kernel_overrides()
+    temperature = torch.tensor([0.7, 0.0, 1.5])
+    expanded = expand_batch_to_tokens(temperature, torch.tensor([2, 2, 5], dtype=torch.int32), 5)
+    assert torch.equal(expanded, torch.tensor([0.7, 0.7, 1.5, 1.5, 1.5]))
+
+
+# 0004: vLLM's scheduler as the engine builds it, with a runner's outputs given by hand
+
+
+@pytest.fixture
+def scheduler(subspec_config: VllmConfig) -> Scheduler:
+    init_none_hash(sha256)
+    subspec_config.cache_config.num_gpu_blocks = BLOCKS
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
+    with set_current_vllm_config(subspec_config):
+        return Scheduler(
+            vllm_config=subspec_config,
+            kv_cache_config=KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(["attention"], spec)]),
+            structured_output_manager=StructuredOutputManager(subspec_config),
+            block_size=BLOCK,
+            hash_block_size=BLOCK,
+            log_stats=True,
+        )
+
+
+def _request(name: str, prompt: list[int]) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling_params=SamplingParams(max_tokens=64, temperature=0.0),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+
+
+def _succeed(
+    scheduler: Scheduler, scheduled: SchedulerOutput, token: int = 5
+) -> dict[int, EngineCoreOutputs]:
+    """The step ran: every row that is past its prompt has emitted one token."""
+    names = list(scheduled.num_scheduled_tokens)
+    emitted = [[] if scheduler.requests[name].is_prefill_chunk else [token] for name in names]
+    output = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, emitted)
+    return scheduler.update_from_output(scheduled, output)
+
+
+def _fail(scheduler: Scheduler, scheduled: SchedulerOutput) -> dict[str, FinishReason | None]:
+    outputs = scheduler.update_from_output(scheduled, FailedOutput.of(scheduled, "disk gone"))
+    return {
+        output.request_id: output.finish_reason
+        for client in outputs.values()
+        for output in client.outputs
+    }
+
+
+def _assert_idle(scheduler: Scheduler) -> None:
+    assert not scheduler.running and not scheduler.requests
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
+
+
+def _cached_tokens(scheduler: Scheduler, prompt: list[int]) -> int:
+    """Tokens of a new request with ``prompt`` that the prefix cache would serve."""
+    return scheduler.kv_cache_manager.get_computed_blocks(_request("probe", prompt))[1]
+
+
+PROMPT = list(range(100, 100 + 3 * BLOCK))
+
+
+def test_prefix_cache_serves_a_step_that_succeeded(scheduler: Scheduler) -> None:
+    """What the tests below look for is found when nothing fails."""
+    scheduler.add_request(_request("a", PROMPT))
+    _succeed(scheduler, scheduler.schedule())
+    assert _cached_tokens(scheduler, [*PROMPT, 1]) == len(PROMPT)
+
+
+def test_failed_step_ends_prefill_and_chunk_and_row_with_drafts(scheduler: Scheduler) -> None:
+    scheduler.add_request(_request("decoding", list(range(700, 720))))
+    _succeed(scheduler, scheduler.schedule())
+    scheduler.update_draft_token_ids(DraftTokenIds(["decoding"], [[1, 2, 3, 4]]))
+    scheduler.add_request(_request("prefill", PROMPT))
+    scheduler.add_request(_request("chunk", list(range(200))))
+    scheduled = scheduler.schedule()
+    assert scheduled.num_scheduled_tokens["decoding"] == 1 + DRAFTS
+    assert scheduled.num_scheduled_tokens["prefill"] == len(PROMPT)
+    assert 0 < scheduled.num_scheduled_tokens["chunk"] < 200
+    assert _fail(scheduler, scheduled) == dict.fromkeys(
+        ("decoding", "prefill", "chunk"), FinishReason.ERROR
+    )
+    _assert_idle(scheduler)
+    assert _cached_tokens(scheduler, [*PROMPT, 1]) == 0
+
+
+def test_the_step_after_a_failed_one_serves_the_same_prompt(scheduler: Scheduler) -> None:
+    scheduler.add_request(_request("first", PROMPT))
+    _fail(scheduler, scheduler.schedule())
+    scheduler.add_request(_request("second", PROMPT))
+    scheduled = scheduler.schedule()
+    assert scheduled.finished_req_ids == {"first"}
+    assert scheduled.num_scheduled_tokens == {"second": len(PROMPT)}, "nothing from the cache"
+    outputs = _succeed(scheduler, scheduled)
+    assert [output.new_token_ids for output in outputs[0].outputs] == [[5]]
+
+
+def test_requests_outside_the_failed_step_live_on(scheduler: Scheduler) -> None:
+    scheduler.add_request(_request("long", list(range(300, 428))))
+    scheduler.add_request(_request("waiting", PROMPT))
+    scheduled = scheduler.schedule()
+    assert set(scheduled.num_scheduled_tokens) == {"long"}, "the token budget is 128"
+    assert _fail(scheduler, scheduled) == {"long": FinishReason.ERROR}
+    scheduled = scheduler.schedule()
+    assert set(scheduled.num_scheduled_tokens) == {"waiting"}
+    assert _succeed(scheduler, scheduled)[0].outputs[0].finish_reason is None
+
+
+@pytest.mark.parametrize("aborted", [["a"], ["a", "b"]], ids=["one", "all"])
+def test_aborted_while_the_step_failed(scheduler: Scheduler, aborted: list[str]) -> None:
+    """A request that left before the output was read must not leave its blocks in the cache."""
+    prompts = {"a": PROMPT, "b": [token + 500 for token in PROMPT]}
+    for name, prompt in prompts.items():
+        scheduler.add_request(_request(name, prompt))
+    scheduled = scheduler.schedule()
+    scheduler.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
+    failed = _fail(scheduler, scheduled)
+    assert failed == dict.fromkeys(prompts.keys() - set(aborted), FinishReason.ERROR)
+    _assert_idle(scheduler)
+    for prompt in prompts.values():
+        assert _cached_tokens(scheduler, [*prompt, 1]) == 0
+
+
+def test_the_scheduler_reads_the_set_of_requests_to_fail() -> None:
+    """The set is an attribute of the instance, which `seams` cannot see."""
+    stock: Callable[..., Any] = inspect.unwrap(Scheduler.update_from_output)
+    assert "grammar_compile_error_reqs" in stock.__code__.co_names
