@@ -28,7 +28,8 @@ from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
 from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
 from vllm_subspec.weights.plain_linear import plain_linear, stores_transposed
-from vllm_subspec.weights.quantize import QuantFormat, quantize
+from vllm_subspec.weights.quantize import quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat
 
 Linear = Callable[[Tensor], Tensor]
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from vllm_subspec.cli import quantize as command
 from vllm_subspec.weights import save_checkpoint
 from vllm_subspec.weights.checkpoint import SubstituteCheckpoint
-from vllm_subspec.weights.quantize import QuantFormat, quantize
+from vllm_subspec.weights.quantize import quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat
 from vllm_subspec.weights.save_checkpoint import is_decoder_linear, quantize_checkpoint
 
 MODEL = Path(__file__).parents[2] / "models" / "pystd-6m"

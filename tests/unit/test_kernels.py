@@ -15,7 +15,8 @@ from vllm_subspec.weights.kernels import SubstituteKernel, choice
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
 from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
-from vllm_subspec.weights.quantize import QuantFormat, QuantizedWeight, quantize
+from vllm_subspec.weights.quantize import quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
 current_platform.import_kernels()
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from vllm_subspec.weights.quantize import QuantFormat, QuantizedWeight, quantize
+from vllm_subspec.weights.quantize import quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 from vllm_subspec.weights.scale_search import LP_NORM
 
 MODEL = Path(__file__).parents[2] / "models" / "pystd-6m" / "model.safetensors"

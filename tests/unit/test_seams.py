@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_subspec import plugin
@@ -44,8 +45,8 @@ def test_a_missing_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_seam_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(KVCacheManager, "evict_blocks")
-    monkeypatch.delattr(KVCacheManager, "get_block_ids")
-    with pytest.raises(RuntimeError, match="evict_blocks.*get_block_ids"):
+    monkeypatch.delattr(BlockTable, "get_device_tensor")
+    with pytest.raises(RuntimeError, match="get_device_tensor.*evict_blocks"):
         seams.require()
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from vllm_subspec.weights.quantize import SUPPORTED_BITS, QuantFormat
+from vllm_subspec.weights.quantized_weight import SUPPORTED_BITS, QuantFormat
 from vllm_subspec.weights.save_checkpoint import quantize_checkpoint
 
 

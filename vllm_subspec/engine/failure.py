@@ -4,7 +4,7 @@
 
 An exception out of the model would end the engine. Instead the worker discards what the pass
 computed and returns a `FailedOutput`; the scheduler, patched in `compat`, finishes the requests of
-that step with an error and forgets the KV blocks they had begun to fill.
+that step with an error and empties the prefix cache, which may hold blocks of the failed pass.
 """
 
 from dataclasses import dataclass
@@ -39,15 +39,11 @@ class FailedOutput(ModelRunnerOutput):
 
 def fail_requests(scheduler: "Scheduler", output: FailedOutput) -> None:
     """Have ``scheduler`` finish the requests of a failed pass with an error."""
-    logger.error("%d request(s) failed: %s", len(output.req_ids), output.reason)
-    blocks: set[int] = set()
-    for request_id in output.req_ids:
-        if request_id in scheduler.requests:
-            # Their full blocks were entered into the prefix cache when the pass was scheduled.
-            for group in scheduler.kv_cache_manager.get_block_ids(request_id):
-                blocks.update(group)
-    scheduler.kv_cache_manager.evict_blocks(blocks)
+    failed = [request for request in output.req_ids if request in scheduler.requests]
+    logger.error("%d request(s) failed: %s", len(failed), output.reason)
+    # Blocks were entered into the prefix cache when the pass was scheduled, also those of a request
+    # that was aborted since, which no longer says which were its own: forget them all.
+    blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks
+    scheduler.kv_cache_manager.evict_blocks(set(range(blocks)))
     # The scheduler ends the requests in this set with an error after it has read the output.
-    scheduler.grammar_compile_error_reqs.update(
-        request_id for request_id in output.req_ids if request_id in scheduler.requests
-    )
+    scheduler.grammar_compile_error_reqs.update(failed)

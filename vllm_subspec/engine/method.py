@@ -18,6 +18,8 @@ from vllm.platforms import current_platform
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.engine import refusals
 
+_MARK = "_vllm_subspec_method"
+
 METHOD = "subspec"
 PROPOSER = "vllm_subspec.engine.proposer.SubspecProposer"
 WORKERS = {
@@ -29,7 +31,7 @@ WORKERS = {
 def install() -> None:
     """Wrap `EngineArgs.create_speculative_config`, once."""
     original = EngineArgs.create_speculative_config
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, _MARK, False):
         return
 
     @functools.wraps(original)
@@ -43,6 +45,7 @@ def install() -> None:
             _rewrite(self, given, target_model_config, target_parallel_config)
         return original(self, target_model_config, target_parallel_config)
 
+    setattr(create_speculative_config, _MARK, True)
     EngineArgs.create_speculative_config = create_speculative_config
 
 

@@ -38,7 +38,6 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "model_runner_output",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("request_id",),
     "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index", "sampled_token_ids"),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc",

@@ -44,6 +44,12 @@ class SubspecWorker(Worker):
         with self.loading.active():
             super().load_model(**kwargs)
 
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if failure := self._pass_failure():
+            raise RuntimeError(f'method "subspec" cannot read its streamed weights: {failure}')
+        return times
+
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
         self.proposer.pass_begins()
         output = super().execute_model(scheduler_output)
@@ -51,6 +57,8 @@ class SubspecWorker(Worker):
         if failure is None:
             return output
         self.model_runner.execute_model_state = None
+        self.model_runner._draft_token_ids = None
+        self.model_runner._draft_token_req_ids = None
         return FailedOutput.of(scheduler_output, failure)
 
     def _pass_failure(self) -> str | None:

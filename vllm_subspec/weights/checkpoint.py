@@ -21,7 +21,7 @@ from vllm_subspec.weights.packed_formats import (
     decode_compressed_tensors,
     decode_gptq,
 )
-from vllm_subspec.weights.quantize import QuantizedWeight
+from vllm_subspec.weights.quantized_weight import QuantizedWeight
 
 _Decoder = Callable[[Mapping[str, Tensor], Mapping[str, Any]], QuantizedWeight]
 # Per method: the decoder, the tensors a linear must have, and those it may have.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_subspec.weights.quantize import SUPPORTED_BITS, QuantFormat, QuantizedWeight
+from vllm_subspec.weights.quantized_weight import SUPPORTED_BITS, QuantFormat, QuantizedWeight
 
 # Nibble i of an AWQ word holds column AWQ_ORDER[i] of its eight (AutoAWQ's "gemm" layout).
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_subspec.weights.checkpoint import quantization_config, read_config, tensor_files
-from vllm_subspec.weights.quantize import QuantFormat, QuantizedWeight, Quantizer, quantize
+from vllm_subspec.weights.quantize import Quantizer, quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
 # A file of the result is written when this many bytes have gathered, which bounds memory.
 SHARD_BYTES = 1 << 30

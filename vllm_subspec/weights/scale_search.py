@@ -24,13 +24,11 @@ Two choices differ from the paper, because the kernels take integer zero points:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vllm_subspec.weights.quantize import QuantFormat
+from vllm_subspec.weights.quantized_weight import QuantFormat
 
 LP_NORM = 0.7
 HQQ_BETA = 10.0

@@ -19,7 +19,8 @@ from vllm_subspec.config import SubspecOptions
 from vllm_subspec.weights import kernels
 from vllm_subspec.weights.checkpoint import SubstituteCheckpoint
 from vllm_subspec.weights.kernels import SubstituteKernel
-from vllm_subspec.weights.quantize import QuantizedWeight, quantize
+from vllm_subspec.weights.quantize import quantize
+from vllm_subspec.weights.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vllm_subspec.weights.quantize import QuantFormat, QuantizedWeight
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
 
 class SubstituteKernel(nn.Module, ABC):

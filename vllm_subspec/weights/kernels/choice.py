@@ -26,7 +26,7 @@ from vllm_subspec.weights.kernels.base import SubstituteKernel
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
 from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
-from vllm_subspec.weights.quantize import QuantFormat
+from vllm_subspec.weights.quantized_weight import QuantFormat
 
 logger = init_logger(__name__)
 

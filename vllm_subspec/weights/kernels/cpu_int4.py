@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_subspec.weights.kernels.base import SubstituteKernel, largest_group, split_groups
-from vllm_subspec.weights.quantize import QuantFormat, QuantizedWeight
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
 _GROUPS = (256, 128, 64, 32)
 _ROWS = 16  # the packed layout's block of output rows

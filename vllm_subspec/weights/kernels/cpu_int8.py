@@ -7,7 +7,8 @@ import vllm._custom_ops as ops
 from torch import Tensor
 
 from vllm_subspec.weights.kernels.base import SubstituteKernel
-from vllm_subspec.weights.quantize import QuantFormat, QuantizedWeight, quantize
+from vllm_subspec.weights.quantize import quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
 _FORMAT = QuantFormat(8, -1, symmetric=True)
 

@@ -14,7 +14,8 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import ScalarType, scalar_types
 
 from vllm_subspec.weights.kernels.base import SubstituteKernel, largest_group, split_groups
-from vllm_subspec.weights.quantize import QuantFormat, QuantizedWeight, quantize
+from vllm_subspec.weights.quantize import quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
 _GROUPS = (128, 64, 32)  # what Marlin has; larger groups are split
 
