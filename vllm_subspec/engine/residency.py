@@ -16,6 +16,8 @@ from vllm_subspec.weights.streaming import block_layout, linears_of
 _WORKSPACE = GiB_bytes
 """Activations, the interpreter and its libraries."""
 
+_KV_TOKENS = 16384
+
 
 def plan_residency(
     config: VllmConfig, options: SubspecOptions, first_layer: nn.Module, device: torch.device
@@ -60,14 +62,16 @@ def plan_residency(
 
 
 def _kv_tokens(config: VllmConfig) -> int:
-    """Tokens to keep room for: what the user asked for, or a few requests of full length."""
+    """Tokens to keep room for: what the user asked for, or one request of full length, and up to
+    four where that is little."""
     explicit = config.cache_config.kv_cache_memory_bytes
     if explicit is not None:
         model, parallel = config.model_config, config.parallel_config
         per_token = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
         per_token *= model.dtype.itemsize * model.get_num_layers(parallel)
         return int(explicit) // per_token
-    return config.model_config.max_model_len * min(config.scheduler_config.max_num_seqs, 4)
+    longest = config.model_config.max_model_len
+    return max(longest, min(4 * longest, _KV_TOKENS))
 
 
 def _device_bytes(config: VllmConfig, device: torch.device) -> int:

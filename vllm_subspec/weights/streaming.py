@@ -45,6 +45,9 @@ class StreamedLinearMethod(UnquantizedLinearMethod):
     re-filled.
     """
 
+    # The weight is in host memory while it loads, and is not to be moved to a GPU and back.
+    requires_device_loading = False
+
     def __init__(self, on_loaded: Callable[[], None]) -> None:
         super().__init__()
         self._on_loaded = on_loaded
