@@ -5,6 +5,7 @@ every worker, possibly more than once. Nothing heavy happens here.
 """
 
 import importlib.metadata
+import logging
 import os
 
 SUPPORTED_VLLM = ("0.32.0", "0.33")
@@ -21,9 +22,19 @@ def register() -> None:
     _check_version()
     from vllm_subspec.engine import compat, method, seams
 
+    _log_like_vllm()
     seams.require()
     compat.apply()
     method.install()
+
+
+def _log_like_vllm() -> None:
+    """vLLM configures its own loggers only; without this nobody would see what ours say."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_subspec")
+    if not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.propagate = theirs.propagate
+        ours.setLevel(theirs.level)
 
 
 def _check_version() -> None:

@@ -31,6 +31,7 @@ from vllm.v1.engine import EngineCoreOutputs, FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -194,6 +195,19 @@ def test_the_sampler_runs_the_repaired_kernel() -> None:
     temperature = torch.tensor([0.7, 0.0, 1.5])
     expanded = expand_batch_to_tokens(temperature, torch.tensor([2, 2, 5], dtype=torch.int32), 5)
     assert torch.equal(expanded, torch.tensor([0.7, 0.7, 1.5, 1.5, 1.5]))
+
+
+# 0005
+
+
+def test_the_top_k_of_no_rows_is_no_rows() -> None:
+    empty = apply_top_k_top_p(torch.empty(0, 7), torch.empty(0, dtype=torch.int32), None)
+    assert empty.shape == (0, 7)
+
+
+def test_top_k_still_masks() -> None:
+    logits = apply_top_k_top_p(torch.arange(4.0).repeat(2, 1), torch.tensor([1, 4]), None)
+    assert torch.isinf(logits).sum(dim=1).tolist() == [3, 0]
 
 
 # 0004: vLLM's scheduler as the engine builds it, with a runner's outputs given by hand

@@ -17,6 +17,7 @@ from vllm.utils import cpu_triton_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_subspec.engine.failure import FailedOutput, fail_requests
@@ -26,7 +27,7 @@ _MARK = "_vllm_subspec_patch"
 
 def apply() -> None:
     """Apply every patch that is not yet in force."""
-    for patch in (_lookahead, _expand_kernel, _cpu_generators, _failed_steps):
+    for patch in (_lookahead, _expand_kernel, _cpu_generators, _failed_steps, _no_rows):
         patch()
 
 
@@ -136,3 +137,17 @@ def _failed_steps() -> None:
         return update_from_output
 
     _replace(Scheduler, "update_from_output", make)
+
+
+def _no_rows() -> None:
+    """patches/0005: a step without drafts asks for the top k of no rows at all."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            rest: torch.Tensor = original(logits, k) if logits.shape[0] else logits
+            return rest
+
+        return apply_top_k_only
+
+    _replace(topk_topp_sampler, "apply_top_k_only", make)

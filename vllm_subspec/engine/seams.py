@@ -84,6 +84,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "replace_to",
     ),
     "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": ("logits", "k", "p"),
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only": ("logits", "k"),
 }
 
 

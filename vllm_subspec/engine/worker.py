@@ -69,7 +69,8 @@ class SubspecWorker(Worker):
         failure = ring.take_failure()
         group = get_tp_group()
         if group.world_size > 1:
-            flag = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
+            # float32: vLLM's shared-memory all-reduce on the CPU has no integers.
+            flag = torch.tensor([float(failure is not None)], device=self.device)
             if not group.all_reduce(flag).item():
                 return None
             return str(failure or "another rank could not read its weights")

@@ -120,7 +120,9 @@ class DirectFile:
         except FileNotFoundError as error:
             raise StoreMissingError(f"there is no weight store at {path}") from error
         except OSError as error:
-            raise StoreReadError(f"cannot open {path}: {error.strerror}") from error
+            raise StoreReadError(
+                f"cannot open {path}: {error.strerror}; choose another store_dir"
+            ) from error
 
     def dup(self) -> "DirectFile":
         """A second descriptor of the same file, whatever ``path`` names by now."""

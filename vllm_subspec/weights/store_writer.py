@@ -213,4 +213,6 @@ def _explained(path: str, needed: int = 0) -> Iterator[None]:
                 f"{shutil.disk_usage(folder).free} are free ({error.strerror}); free some or "
                 "choose another store_dir"
             ) from error
-        raise StoreWriteError(f"cannot write {path}: {error.strerror}") from error
+        raise StoreWriteError(
+            f"cannot write {path}: {error.strerror}; choose another store_dir"
+        ) from error

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Greedy answers with a compiled target, over two tensor-parallel ranks, and in bf16."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams
+
+from tests.engine.helpers import (
+    MODEL,
+    ROUGH,
+    Engines,
+    draft_counts,
+    draft_fully,
+    generate,
+    greedy,
+    resident_gib,
+    source_prompts,
+    worker_of,
+)
+
+PROMPTS = source_prompts(16, shortest=1, longest=200)
+PARAMS = [greedy(32)] * 16
+
+
+def test_compiled_target(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed and resident layers in one compiled graph: it must wait for the ring, and the draft
+    must not run it. The second start takes the graph from the cache."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    reference = engines.reference(PROMPTS, PARAMS, enforce_eager=False)
+    options = {**ROUGH, "resident_weights_gib": resident_gib(3)}
+    for start in ("cold", "warm"):
+        llm = draft_fully(engines.get(options, enforce_eager=False))
+        answers = generate(llm, PROMPTS, PARAMS)
+        engines_passes = worker_of(llm).streaming_stats()["passes"]
+        counts = draft_counts(llm)
+        engines.close()
+        assert answers == reference, start
+        assert engines_passes > 5
+        assert counts.rejected > 50
+        assert counts.accepted > 50
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Against two ranks without speculation: another split of the sums is another rounding.
+
+    In a process of its own, as the ranks are processes, too.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    environment = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.test_compiled_tp", str(tmp_path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=400,
+        check=True,
+    )
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["drafting"] == report["plain"]
+    assert report["accepted"] > 30
+    assert report["drafted"] - report["accepted"] > 30
+    assert {f.name.split(".")[-2] for f in tmp_path.glob("*.store")} == {"rank0of2", "rank1of2"}
+
+
+def _answer_on_two_ranks(store_dir: str) -> None:
+    """Prints the answers without and with speculation and the draft's counts as a line of JSON."""
+    report: dict[str, Any] = {}
+    for name, speculative in (("plain", None), ("drafting", {**ROUGH, "store_dir": store_dir})):
+        llm = LLM(
+            str(MODEL),
+            dtype="float32",
+            enforce_eager=True,
+            tensor_parallel_size=2,
+            max_model_len=512,
+            block_size=32,
+            kv_cache_memory_bytes=32 << 20,
+            max_num_batched_tokens=128,
+            disable_log_stats=False,
+            speculative_config=speculative,
+        )
+        report[name] = [a.tokens for a in generate(llm, PROMPTS[:8], [greedy(24)] * 8)]
+        if speculative is not None:
+            counts = draft_counts(llm)
+            report |= {"drafted": counts.drafted, "accepted": counts.accepted}
+        llm.llm_engine.engine_core.shutdown()
+    print("\n" + json.dumps(report), flush=True)
+
+
+def test_bf16_differs_only_at_near_ties(engines: Engines) -> None:
+    """Each first difference is between two tokens that bf16 itself cannot order.
+
+    bf16 keeps 8 bits of a sum, so a token's log-probability depends on the order of the additions:
+    on the kernel, and on how many tokens a pass computes together. How much is measured without
+    any draft: the answers of the plain engine are scored as prompts, by itself and by the
+    streaming engine with drafting switched off. The largest move of a likely token is the noise.
+    Where speculation emits another token, that one and the best may both have moved, so it is at
+    most twice the noise behind.
+    """
+    prompts = source_prompts(32, shortest=10, longest=150)
+    params = [greedy(48, logprobs=5) for _ in prompts]
+    plain = engines.get(None, dtype="bfloat16")
+    baseline = _scored(plain, prompts, params)
+    answers = [tokens for tokens, _ in baseline]
+    whole = [p + list(t) for p, t in zip(prompts, answers, strict=True)]
+    scores = [_prompt_scores(plain, whole)]
+    llm = draft_fully(engines.get(ROUGH, dtype="bfloat16"))
+    llm.collective_rpc("set_speculation", args=(False,))
+    scores.append(_prompt_scores(llm, whole))
+    llm.collective_rpc("set_speculation", args=(True,))
+    noise = max(
+        abs(step[token] - again[i][len(prompts[i]) + j][token])
+        for again in scores
+        for i, (tokens, steps) in enumerate(baseline)
+        for j, (token, step) in enumerate(zip(tokens, steps, strict=True))
+    )
+    assert 0 < noise < 0.5
+
+    drafted = generate(llm, prompts, [greedy(48)] * len(prompts))
+
+    counts = draft_counts(llm)
+    assert counts.accepted > 100
+    assert counts.rejected > 100
+    same = 0
+    for i, answer in enumerate(drafted):
+        if answer.tokens == answers[i]:
+            same += 1
+            continue
+        at = [a == b for a, b in zip(answer.tokens, answers[i], strict=True)].index(False)
+        likely = baseline[i][1][at]
+        gap = likely[answers[i][at]] - likely.get(answer.tokens[at], float("-inf"))
+        assert gap <= 2 * noise, f"request {i}, token {at}: {gap} behind, noise {noise}"
+    assert same > len(prompts) // 2
+
+
+def _scored(
+    llm: LLM, prompts: list[list[int]], params: list[SamplingParams]
+) -> list[tuple[tuple[int, ...], list[dict[int, float]]]]:
+    """Each answer's tokens, and at each the log-probabilities of the likeliest ones."""
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [
+        (
+            tuple(o.outputs[0].token_ids),
+            [{t: p.logprob for t, p in step.items()} for step in o.outputs[0].logprobs],
+        )
+        for o in llm.generate(asked, params, use_tqdm=False)
+    ]
+
+
+def _prompt_scores(llm: LLM, prompts: list[list[int]]) -> list[list[dict[int, float]]]:
+    """Log-probabilities of every prompt token, by position."""
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(asked, greedy(1, prompt_logprobs=5), use_tqdm=False)
+    return [
+        [{t: p.logprob for t, p in (step or {}).items()} for step in o.prompt_logprobs]
+        for o in outputs
+    ]
+
+
+if __name__ == "__main__":
+    _answer_on_two_ranks(sys.argv[1])

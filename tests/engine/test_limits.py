@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Invariant 6: a request at its limit, aborted or preempted changes nothing for its neighbours."""
+
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engine.helpers import (
+    ROUGH,
+    Answer,
+    Batch,
+    Engines,
+    draft_counts,
+    draft_fully,
+    generate,
+    greedy,
+    metric,
+    scheduler_of,
+    source_prompts,
+)
+
+LENGTH = 224
+TIGHT: dict[str, Any] = {
+    "max_model_len": LENGTH,
+    "max_num_batched_tokens": 128,
+    "max_num_seqs": 10,
+}
+DEPTH = ROUGH["num_speculative_tokens"]
+
+Case = tuple[list[list[int]], list[SamplingParams]]
+
+# Every second one is cut at max_model_len, at different times.
+CUT: Case = (
+    source_prompts(12, shortest=140, longest=LENGTH - 20),
+    [greedy(500 if i % 2 else 40) for i in range(12)],
+)
+MANY: Case = (source_prompts(24, shortest=1, longest=180), [greedy(32)] * 24)
+UNEVEN: Case = (
+    source_prompts(20, shortest=5, longest=120),
+    [greedy(5 + 7 * i % 43) for i in range(20)],
+)
+GROWING: Case = (
+    source_prompts(10, shortest=30, longest=90),
+    [greedy(80 - 5 * (i % 4)) for i in range(10)],
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def references(engines: Engines) -> dict[str, list[Answer]]:
+    cases = {"cut": CUT, "many": MANY, "uneven": UNEVEN, "growing": GROWING}
+    return {name: engines.reference(*case, **TIGHT) for name, case in cases.items()}
+
+
+def test_max_model_len_beside_others(engines: Engines, references: dict[str, list[Answer]]) -> None:
+    """Requests near max_model_len draft what they can still verify, the others as much as ever."""
+    llm = draft_fully(engines.get(ROUGH, **TIGHT))
+    batch = Batch(llm, *CUT)
+    near: list[tuple[int, int]] = []  # drafted, and room for
+    beside: list[int] = []
+    for _ in batch.steps():
+        running = batch.running()
+        room = {i: LENGTH - 1 - r.num_tokens for i, r in running.items()}
+        drafted = {i: len(r.spec_token_ids) for i, r in running.items()}
+        if min(room.values(), default=LENGTH) < DEPTH:
+            near += [(drafted[i], room[i]) for i in running if room[i] < DEPTH]
+            beside += [
+                drafted[i]
+                for i, r in running.items()
+                if room[i] >= DEPTH and r.max_tokens - r.num_output_tokens > DEPTH
+            ]
+
+    assert [batch.answers[i] for i in range(12)] == references["cut"]
+    for i in range(1, 12, 2):
+        assert len(CUT[0][i]) + len(batch.answers[i].tokens) == LENGTH
+    assert len(near) > 10
+    assert all(drafted == max(room, 0) for drafted, room in near)
+    assert len(beside) > 10
+    assert set(beside) == {DEPTH}
+
+
+def test_aborts_in_flight(engines: Engines, references: dict[str, list[Answer]]) -> None:
+    """Aborted while waiting, in prefill and with a draft; the others do not notice."""
+    llm = draft_fully(engines.get(ROUGH, **TIGHT))
+    scheduler = scheduler_of(llm)
+    free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    batch = Batch(llm, *MANY)
+    when: dict[str, set[int]] = {"waiting": set(), "prefill": set(), "drafted": set()}
+    for _ in batch.steps():
+        for i in range(len(MANY[0])):
+            request = scheduler.requests.get(batch.id(i))
+            if request is None:
+                continue
+            state = "drafted" if request.spec_token_ids else ""
+            if request.num_computed_tokens < request.num_prompt_tokens:
+                state = "prefill" if request.num_computed_tokens else "waiting"
+            if state and len(when[state]) < 3 and i % 2:
+                batch.abort(i)
+                when[state].add(i)
+                break
+
+    assert all(when.values()), when
+    aborted = set.union(*when.values())
+    assert set(batch.answers) - aborted == set(range(24)) - aborted
+    for i in set(range(24)) - aborted:
+        assert batch.answers[i] == references["many"][i], f"request {i}"
+    assert not scheduler.requests
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_requests_join_and_leave(engines: Engines, references: dict[str, list[Answer]]) -> None:
+    """Rows move within the batch as twice as many requests as rows come and go."""
+    llm = draft_fully(engines.get(ROUGH, **TIGHT))
+    counts = draft_counts(llm)
+    assert generate(llm, *UNEVEN) == references["uneven"]
+    assert (draft_counts(llm) - counts).rejected > 50
+
+
+def test_preempted_requests_resume(engines: Engines, references: dict[str, list[Answer]]) -> None:
+    """With the same answers; their neighbours keep theirs."""
+    llm = draft_fully(engines.get(ROUGH, **TIGHT | {"kv_cache_memory_bytes": 5 << 20}))
+    batch = Batch(llm, *GROWING)
+    preempted: set[int] = set()
+    for _ in batch.steps():
+        preempted |= {i for i, r in batch.running().items() if r.num_preemptions}
+    assert metric(llm, "num_preemptions") > 0
+    assert 0 < len(preempted) < 10
+    assert [batch.answers[i] for i in range(10)] == references["growing"]

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Invariant 5: what cannot be served is refused when the configuration is built, in one sentence
+that names the option and what to do. No weight is read: the models here have none.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import EngineArgs
+from vllm.config import KVTransferConfig
+
+from tests.engine.helpers import MODEL
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Any:
+    """Makes a folder that has a model's configuration and tokenizer, but no weights."""
+
+    def make(**config: Any) -> Path:
+        given = json.loads((MODEL / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**given, **config}))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_text((MODEL / name).read_text())
+        return tmp_path
+
+    return make
+
+
+def configure(model: Path, speculative: dict[str, Any], **arguments: Any) -> Any:
+    speculative = {"method": "subspec", **speculative}
+    args = EngineArgs(str(model), max_model_len=128, speculative_config=speculative, **arguments)
+    return args.create_engine_config()
+
+
+def refusal(model: Path, speculative: dict[str, Any], **arguments: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        configure(model, speculative, **arguments)
+    (message,) = caught.value.args
+    assert "\n" not in message
+    assert not message.endswith(".")
+    return message
+
+
+def test_what_is_served_is_not_refused(shape: Any) -> None:
+    config = configure(shape(), {"bits": 2})
+    assert config.additional_config["subspec"]["bits"] == 2
+    assert config.num_lookahead_tokens == config.num_speculative_tokens == 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "remedy"),
+    [
+        (
+            {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+            "--worker-cls is vllm.v1.worker.cpu_worker.CPUWorker",
+            "remove one of them",
+        ),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2", "--tensor-parallel-size"),
+        ({"data_parallel_size": 2}, "--data-parallel-size is 2", "separate servers"),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "--decode-context-parallel-size",
+            "remove it",
+        ),
+        ({"enable_lora": True}, "LoRA", "remove --enable-lora"),
+        (
+            {
+                "kv_transfer_config": KVTransferConfig(
+                    kv_connector="ExampleConnector", kv_role="kv_both"
+                )
+            },
+            "KV connectors",
+            "remove --kv-transfer-config",
+        ),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb", "resident_weights_gib"),
+        (
+            {"offload_backend": "prefetch", "offload_group_size": 2},
+            "--offload-group-size",
+            "resident_weights_gib",
+        ),
+        ({"async_scheduling": True}, "remove --async-scheduling", "remove --async-scheduling"),
+        ({"runner": "pooling", "convert": "embed"}, "--runner is pooling", "remove one of them"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_engine_options(shape: Any, arguments: dict[str, Any], names: str, remedy: str) -> None:
+    message = refusal(shape(), {}, **arguments)
+    assert message.startswith('method "subspec" ')
+    assert names in message
+    assert remedy in message
+
+
+MOE = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+MLA = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+SLIDING = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 32,
+}
+HYBRID = {
+    "architectures": ["JambaForCausalLM"],
+    "model_type": "jamba",
+    "num_experts": 1,
+    "num_experts_per_tok": 1,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
+RECURRENT = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "state_size": 16,
+    "conv_kernel": 4,
+}
+GPTQ = {
+    "quantization_config": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 64,
+        "desc_act": False,
+        "sym": True,
+    }
+}
+# An audio model: vLLM's image models cannot be looked into without torchvision.
+MULTIMODAL = {
+    "architectures": ["WhisperForConditionalGeneration"],
+    "model_type": "whisper",
+    "d_model": 256,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "max_source_positions": 100,
+    "max_target_positions": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        pytest.param(MOE, "mixture-of-experts", id="moe"),
+        pytest.param(MLA, "multi-head latent attention", id="mla"),
+        pytest.param(SLIDING, "--disable-sliding-window", id="sliding"),
+        pytest.param(HYBRID, "recurrent", id="hybrid"),
+        pytest.param(RECURRENT, "recurrent", id="recurrent"),
+        pytest.param(GPTQ, "gptq)", id="quantized"),
+        pytest.param(MULTIMODAL, "multimodal", id="multimodal"),
+    ],
+)
+def test_model_families(shape: Any, config: dict[str, Any], names: str) -> None:
+    message = refusal(shape(**config), {}, dtype="bfloat16")
+    assert message.startswith('method "subspec" ')
+    assert names in message
+    assert "use " in message or "serve " in message
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "says"),
+    [
+        ({"bit": 4}, "bit", 'did you mean "bits"?'),
+        ({"num_spec_tokens": 4}, "num_spec_tokens", "num_speculative_tokens"),
+        ({"prompt_lookup_max": 4}, "prompt_lookup_max", "known: "),
+        ({"bits": 5}, "bits", "2, 3, 4 or 8"),
+        ({"bits": "4"}, "bits", "2, 3, 4 or 8"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens", "1 to 128"),
+        ({"num_speculative_tokens": 129}, "num_speculative_tokens", "1 to 128"),
+        ({"group_size": 48}, "group_size", "16, 32, 64"),
+        ({"quantizer": "gptq"}, "quantizer", '"hqq", "rtn"'),
+        ({"resident_weights_gib": -1}, "resident_weights_gib", "GiB"),
+        ({"resident_weights_gib": "all"}, "resident_weights_gib", "GiB"),
+        ({"weight_source": "nfs"}, "weight_source", '"host" or "disk"'),
+        ({"store_dir": str(MODEL / "config.json")}, "store_dir", "directory"),
+        ({"ring_layers": 1}, "ring_layers", "from 2"),
+        ({"draft_temperature": 0}, "draft_temperature", "above 0"),
+        ({"substitute": "./no/such/place"}, "substitute", "directory"),
+        ({"substitute": str(MODEL), "bits": 3}, "bits", "already quantised"),
+        ({"substitute_layers": []}, "substitute_layers", "non-empty"),
+        ({"substitute_layers": [1, 1]}, "substitute_layers", "distinct"),
+    ],
+)
+def test_options_of_the_method(options: dict[str, Any], key: str, says: str) -> None:
+    message = refusal(MODEL, options)
+    assert f'"{key}"' in message
+    assert says in message

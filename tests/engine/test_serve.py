@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""`vllm serve` as a user starts it, asked through the `openai` client."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.engine.helpers import DEFAULTS, MODEL, ROUGH, Answer, Engines, encode, greedy
+
+START_SECONDS = 120
+STOP_SECONDS = 30
+TEMPLATE = Path(__file__).parent / "data" / "chat.jinja"
+TEXTS = [
+    "def parse(text):\n    ",
+    "import os\nimport sys\n\n\ndef main(",
+    "class Stack:\n    def __init__(self):\n        ",
+    "for i in range(10):\n    ",
+]
+MESSAGES = [{"role": "user", "content": "add two numbers"}]
+CHAT = "# user: add two numbers\ndef "
+TOKENS = 48
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    store: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60, max_retries=0)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
+            return str(reply.read().decode())
+
+    def counter(self, name: str) -> float:
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
+        assert lines, f"no {name} in /metrics"
+        return sum(float(line.split()[-1]) for line in lines)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                self.get("/health")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        tail = self.log.read_text(errors="replace")[-4000:]
+        pytest.fail(f"the server did not start (exit status {self.process.poll()}):\n{tail}")
+
+    def complete(self, text: str, **settings: object) -> str:
+        reply = self.client().completions.create(
+            model="pystd", prompt=text, max_tokens=TOKENS, temperature=0, **settings
+        )
+        return str(reply.choices[0].text)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def expected(engines: Engines) -> dict[str, Answer]:
+    """What the engine without speculation says, by prompt."""
+    texts = [*TEXTS, CHAT]
+    params = [greedy(TOKENS, ignore_eos=False)] * len(texts)
+    answers = engines.reference([encode(text) for text in texts], params)
+    engines.close()
+    return dict(zip(texts, answers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def server(
+    expected: dict[str, Answer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    port = free_port()
+    environment = dict(os.environ)
+    # The front end and the engine are two processes, as they are for users.
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    environment.pop("VLLM_LOGGING_LEVEL")
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(MODEL)]
+    command += ["--speculative-config", json.dumps({**ROUGH, "store_dir": str(folder / "store")})]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pystd"]
+    command += ["--dtype", "float32", "--enforce-eager", "--chat-template", str(TEMPLATE)]
+    for option in ("max_model_len", "block_size", "kv_cache_memory_bytes", "max_num_seqs"):
+        command += [f"--{option.replace('_', '-')}", str(DEFAULTS[option])]
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its engine can be ended with it
+        )
+    running = Server(process, port, log, folder / "store")
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_completion(server: Server, expected: dict[str, Answer]) -> None:
+    for text in TEXTS:
+        assert server.complete(text) == expected[text].text
+
+
+def test_the_plan_is_in_the_log(server: Server) -> None:
+    log = server.log.read_text()
+    assert "Memory plan" in log and "Writing the weight store" in log
+
+
+def test_chat(server: Server, expected: dict[str, Answer]) -> None:
+    reply = server.client().chat.completions.create(
+        model="pystd", messages=MESSAGES, max_tokens=TOKENS, temperature=0
+    )
+    assert reply.usage.prompt_tokens == len(encode(CHAT))
+    assert reply.choices[0].message.content == expected[CHAT].text
+    assert reply.choices[0].finish_reason == expected[CHAT].finish_reason
+
+
+def test_streams_give_the_same_text(server: Server, expected: dict[str, Answer]) -> None:
+    stream = server.client().completions.create(
+        model="pystd", prompt=TEXTS[0], max_tokens=TOKENS, temperature=0, stream=True
+    )
+    chunks = [chunk.choices[0].text for chunk in stream]
+    assert "".join(chunks) == expected[TEXTS[0]].text
+    assert len(chunks) > 2
+    chat = server.client().chat.completions.create(
+        model="pystd", messages=MESSAGES, max_tokens=TOKENS, temperature=0, stream=True
+    )
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chat]
+    assert "".join(deltas) == expected[CHAT].text
+    assert sum(map(bool, deltas)) > 2
+
+
+def test_concurrent_requests(server: Server, expected: dict[str, Answer]) -> None:
+    texts = TEXTS * 4
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = list(pool.map(server.complete, texts))
+    assert answers == [expected[text].text for text in texts]
+
+
+def test_seed(server: Server) -> None:
+    def ask(seed: int) -> str:
+        reply = server.client().completions.create(
+            model="pystd", prompt=TEXTS[0], max_tokens=TOKENS, temperature=1.0, seed=seed
+        )
+        return str(reply.choices[0].text)
+
+    assert ask(5) == ask(5) != ask(6)
+
+
+def test_counters(server: Server) -> None:
+    server.complete(TEXTS[1])
+    drafted = server.counter("vllm:spec_decode_num_draft_tokens_total")
+    accepted = server.counter("vllm:spec_decode_num_accepted_tokens_total")
+    assert server.counter("vllm:spec_decode_num_drafts_total") > 0
+    assert drafted > accepted > 0
+
+
+def test_client_gone_in_mid_stream(server: Server, expected: dict[str, Answer]) -> None:
+    stream = server.client().completions.create(
+        model="pystd",
+        prompt=TEXTS[1],
+        max_tokens=400,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    stream.close()
+    assert server.complete(TEXTS[2]) == expected[TEXTS[2]].text
+    deadline = time.monotonic() + 30
+    while server.counter("vllm:num_requests_running") > 0:
+        assert time.monotonic() < deadline, "the abandoned request still runs"
+        time.sleep(0.2)
+    generated = server.counter("vllm:generation_tokens_total")
+    time.sleep(0.5)
+    assert server.counter("vllm:generation_tokens_total") == generated
+
+
+def test_unsupported_parameter_is_a_client_error(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="min_p"):
+        server.client().completions.create(
+            model="pystd", prompt=TEXTS[0], max_tokens=2, temperature=1, extra_body={"min_p": 0.2}
+        )
+
+
+def test_unreadable_file(server: Server, expected: dict[str, Answer]) -> None:
+    """The weight store is cut short and restored while the server runs."""
+    (path,) = server.store.glob("*.store")
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) // 3)
+    try:
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError):
+                server.complete(TEXTS[3])
+        with pytest.raises(openai.APIError):
+            for _ in server.client().completions.create(
+                model="pystd", prompt=TEXTS[3], max_tokens=8, temperature=0, stream=True
+            ):
+                pass
+    finally:
+        with path.open("r+b") as file:
+            file.write(whole)
+    with contextlib.suppress(openai.InternalServerError):
+        server.complete(TEXTS[3])  # what was loaded ahead for it may still be missing
+    for text in TEXTS:
+        assert server.complete(text) == expected[text].text
+    assert "was truncated while in use" in server.log.read_text()
+
+
+def test_sigterm_ends_it(server: Server) -> None:
+    """Last: it ends the module's server."""
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(STOP_SECONDS)
+    deadline = time.monotonic() + 10
+    while True:  # its engine too
+        try:
+            os.killpg(server.process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "a process of the server is left"
+        time.sleep(0.2)
