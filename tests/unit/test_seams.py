@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.block_table import BlockTable
 
 from vllm_subspec import plugin
 from vllm_subspec.engine import seams
