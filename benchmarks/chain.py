@@ -2,15 +2,16 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """SubSpec with chains against the same engine streaming without speculation.
 
-    python -m benchmarks.chain [--gib 1.6] [--bits 4 8] [--tokens 128] [--plain-tokens 24]
+    python -m benchmarks.chain [--gib 1.6] [--dtype bfloat16 float32] [--bits 4 8] [--tokens 128]
 
-For each width of the substitutes one process: every decoder layer is streamed from disk, batch 1,
-greedy. Each prompt is answered without speculation and with it, one after the other. Beside the
-speeds stand the bounds of design: tokens per round over the time of streaming, of drafting, and of
-both. Writes benchmarks/results/chain.json.
+For each type of the model and width of the substitutes one process: every decoder layer is streamed
+from disk, batch 1, greedy. Each prompt is answered without speculation and with it, one after the
+other. Beside the speeds stand two bounds: tokens per round over the longer of streaming and
+drafting (all overlapped), and over both (nothing overlapped). Writes benchmarks/results/chain.json.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import time
@@ -47,12 +48,12 @@ def reader_bandwidth(store: str) -> float:
     return size / seconds
 
 
-def measure(bits: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
     """One engine: both ways on every prompt, alternating."""
     from benchmarks.session import BUILD, PROMPTS, Session, checkpoint, peak_rss
     from vllm_subspec.core.plan import overlapped_bound, serial_bound
 
-    model = checkpoint(args.gib)
+    model = checkpoint(args.gib, dtype)
     options = {
         "resident_weights_gib": 0,
         "bits": bits,
@@ -71,7 +72,7 @@ def measure(bits: int, args: argparse.Namespace) -> dict[str, Any]:
     for prompt in PROMPTS:
         bandwidths.append(reader_bandwidth(plan["store"]))
         before = session.call("streaming_stats")
-        (plain,) = session.generate([prompt], args.plain_tokens, speculate=False)
+        (plain,) = session.generate([prompt], args.plain_tokens, speculate=False, logprobs=2)
         between = session.call("streaming_stats")
         drafted = session.call("drafting_stats")
         (subspec,) = session.generate([prompt], args.tokens, speculate=True)
@@ -89,8 +90,8 @@ def measure(bits: int, args: argparse.Namespace) -> dict[str, Any]:
                 "plain_tokens_per_second": plain.tokens_per_second,
                 "subspec_tokens_per_second": subspec.tokens_per_second,
                 "tau": subspec.tau,
-                "common_prefix": _common(plain.tokens, subspec.tokens),
-                "plain_tokens": len(plain.tokens),
+                "compared_tokens": len(plain.tokens),
+                **_first_difference(plain.tokens, subspec.tokens, plain.margins),
             }
         )
     plain_speed = _harmonic([r["plain_tokens_per_second"] for r in rows])
@@ -101,6 +102,7 @@ def measure(bits: int, args: argparse.Namespace) -> dict[str, Any]:
     draft = rounds["draft_seconds"] / rounds["rounds"]
     overlapped = overlapped_bound(tau, stream, draft)
     return {
+        "dtype": dtype,
         "bits": bits,
         "model_gib": args.gib,
         "streamed_bytes": plan["store_bytes"],
@@ -126,23 +128,27 @@ def measure(bits: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common prefix."""
-    pairs = list(zip(a, b, strict=False))
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+def _first_difference(
+    plain: list[int], subspec: list[int], margins: list[float]
+) -> dict[str, float | None]:
+    """Where two answers part, and how far apart the two best tokens are there; None: nowhere."""
+    pairs = enumerate(zip(plain, subspec, strict=False))
+    at = next((i for i, (x, y) in pairs if x != y), None)
+    return {"first_difference": at, "margin_there": None if at is None else margins[at]}
 
 
 def _harmonic(speeds: list[float]) -> float:
     return len(speeds) / sum(1 / s for s in speeds)
 
 
-def _worker(bits: int, args: argparse.Namespace, out: Any) -> None:
-    out.put(measure(bits, args))
+def _worker(dtype: str, bits: int, args: argparse.Namespace, out: Any) -> None:
+    out.put(measure(dtype, bits, args))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=1.6)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--plain-tokens", type=int, default=24)
@@ -152,14 +158,16 @@ def main() -> int:
     args = parser.parse_args()
     results = []
     context = multiprocessing.get_context("spawn")
-    for bits in args.bits:
+    for dtype, bits in itertools.product(args.dtype, args.bits):
         queue: Any = context.Queue()
-        process = context.Process(target=_worker, args=(bits, args, queue))
+        process = context.Process(target=_worker, args=(dtype, bits, args, queue))
         process.start()
-        process.join()
-        if process.exitcode:
+        while process.is_alive() and queue.empty():
+            time.sleep(1)
+        if queue.empty():
             return 1
         results.append(queue.get())
+        process.join()
     report.write(args.out, {"environment": report.environment(), "results": results})
     for result in results:
         print(json.dumps({k: v for k, v in result.items() if k != "prompts"}, indent=1))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 
+from vllm_subspec.weights.fused_norm import FusedRMSNorm
 from vllm_subspec.weights.kernels import SubstituteKernel
 
 
@@ -31,6 +32,8 @@ class SubstituteLinearMethod(LinearMethodBase):
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``x`` ``[..., in]`` -> ``[..., out]`` of the same dtype."""
+        if x.dim() == 2:
+            return self.kernel(x, bias)
         rows = x.reshape(-1, x.shape[-1])
         return self.kernel(rows, bias).view(*x.shape[:-1], -1)
 
@@ -63,7 +66,8 @@ def _clone(
     if not replaced:
         return module, 0
     copy = _shallow(module)
-    copy._modules.update({name: child for name, (child, _) in children.items()})
+    for name, (child, _) in children.items():
+        copy._modules[name] = FusedRMSNorm(child) if FusedRMSNorm.replaces(child) else child
     return copy, replaced
 
 
