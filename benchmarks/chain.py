@@ -63,7 +63,8 @@ def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
     }
     session = Session(model, {k: v for k, v in options.items() if v is not None})
     plan = session.call("memory_plan")
-    bandwidths, rows = [], []
+    bandwidths: list[float] = []
+    rows: list[dict[str, Any]] = []
     session.generate(PROMPTS[:1], 32, speculate=True)
     session.generate(PROMPTS[:1], 2, speculate=False)
     ring = {"bytes": 0.0, "seconds": 0.0}

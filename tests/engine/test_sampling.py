@@ -28,7 +28,7 @@ from tests.engine.helpers import (
     worker_of,
 )
 
-COUNT = 360  # samples for each prompt
+COUNT = 240  # samples for each prompt
 LENGTH = 5
 SETTINGS: dict[str, Any] = {"max_num_seqs": 120, "max_num_batched_tokens": 1024}
 # Continued in few ways, so that this many samples show a small difference.
