@@ -16,7 +16,7 @@ class FusedRMSNorm(nn.Module):
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self._weight: torch.Tensor = norm.weight.data
+        self.weight: nn.Parameter = norm.weight
         self._eps: float = norm.variance_epsilon
 
     @staticmethod
@@ -36,8 +36,8 @@ class FusedRMSNorm(nn.Module):
         """
         x = x.contiguous()
         if residual is not None:
-            torch.ops._C.fused_add_rms_norm(x, residual, self._weight, self._eps)
+            torch.ops._C.fused_add_rms_norm(x, residual, self.weight.data, self._eps)
             return x, residual
         out = torch.empty_like(x)
-        torch.ops._C.rms_norm(out, x, self._weight, self._eps)
+        torch.ops._C.rms_norm(out, x, self.weight.data, self._eps)
         return out
