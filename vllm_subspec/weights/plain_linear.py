@@ -3,13 +3,13 @@
 """Full-precision linears over a plain weight: one that lies in a buffer which will be refilled.
 
 Fast kernels repack a weight into memory of their own and cannot be pointed at a ring slot. On the
-CPU the storage order of the weight in the slot, and the call, are chosen to lose nothing by that
-(2 threads, Cascade Lake, 2048 x 2048, speed-up over vLLM's packed oneDNN kernel):
+CPU the storage order of the weight in the slot, and the call, are chosen to lose little by that
+(one thread, Cascade Lake, 2048 x 2048, speed-up over vLLM's packed oneDNN kernel):
 
     weight      CPU                 order      call                          M=1    M=33   M=65
     float32     any                 [out, in]  oneDNN on the plain weight    1.0    0.9    0.9
-    bfloat16    without bf16 units  [in, out]  float32 blocks, see below     1.0    2.6    3.2
-    bfloat16    with bf16 units     [out, in]  oneDNN on the plain weight    (as facts of that CPU)
+    bfloat16    without bf16 units  [in, out]  float32 blocks, see below     0.9    2.6    3.2
+    bfloat16    with bf16 units     [out, in]  oneDNN on the plain weight    not measured
 
 Without bf16 units a bf16 matrix product runs at a quarter of float32's speed. So blocks of the
 weight are widened into a small float32 scratch that stays in cache, and multiplied there: the same
