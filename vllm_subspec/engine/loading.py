@@ -81,7 +81,7 @@ class Loading:
         self._source = SubstituteSource(vllm_config, options, rank, device)
         self._store: WeightStore | None = None
         self._writer: StoreWriter | None = None
-        self._host_blocks: list[torch.Tensor] = []
+        self._host_blocks: dict[int, torch.Tensor] = {}
         self._resident_substituted: set[nn.Module] = set()
 
     @contextlib.contextmanager
@@ -119,6 +119,7 @@ class Loading:
         if not streamed:
             return False
         if self._tier() == "host":
+            logger.info("Streaming from host memory")
             return False
         blocks = [layer.layout for layer in streamed]
         identity = self._identity()
@@ -159,12 +160,7 @@ class Loading:
             block = _host_block(layer.layout, self._device)
             for name, view in layer.layout.views(block).items():
                 view.copy_(layer.stored(name))
-            self._keep_host_block(layer.block, block)
-
-    def _keep_host_block(self, index: int, block: torch.Tensor) -> None:
-        while len(self._host_blocks) <= index:
-            self._host_blocks.append(block)
-        self._host_blocks[index] = block
+            self._host_blocks[layer.block] = block
 
     def _substitute(self, layer: StreamedLayer, tensors: dict[str, torch.Tensor]) -> None:
         for name, linear in layer.linears.items():
@@ -198,7 +194,8 @@ class Loading:
             source = self._store.open_reader()
             self._store.close()
         else:
-            source = HostSource(self._host_blocks)
+            source = HostSource([self._host_blocks[layer.block] for layer in streamed])
+            self._host_blocks.clear()
         slots = [_slot(max(sizes), self._device) for _ in range(self.plan.ring_layers)]
         transfer: Transfer
         if self._device.type == "cuda":

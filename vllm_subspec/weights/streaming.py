@@ -144,7 +144,6 @@ class StreamingOffloader(BaseOffloader):
         self._begin = begin
         self.layers: list[nn.Module] = []
         self.streamed: list[StreamedLayer] = []
-        self.ring: Ring | None = None
 
     def wrap_modules(
         self, modules_generator: Generator[nn.Module, None, None], prefix: str = ""
@@ -176,12 +175,6 @@ class StreamingOffloader(BaseOffloader):
             layer.point_at(slots[layer.block % ring.slots])
             layer.module.register_forward_pre_hook(_waiter(layer.block), with_kwargs=True)
             layer.module.register_forward_hook(_releaser(layer.block))
-        self.ring = ring
-
-    def close(self) -> None:
-        if self.ring is not None:
-            self.ring.close()
-            self.ring = None
 
     def _take_out(self, index: int, module: nn.Module) -> None:
         linears = linears_of(module)
