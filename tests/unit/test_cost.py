@@ -31,6 +31,42 @@ def test_acceptance_follows_observations_in_their_bucket_only() -> None:
     assert model.estimate(0.7) == pytest.approx(0.9, abs=0.05)
 
 
+def test_children_exclude_each_other_and_stand_in_their_order() -> None:
+    model = AcceptanceModel()
+    chances = model.children([[0.5, 0.9, 0.3], [0.1, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    refused = 1 - 0.789
+    assert chances[0] == pytest.approx([0.789, refused * 0.996, refused * 0.004 * 0.62])
+    assert chances[1] == pytest.approx(
+        [0.21, 0.21, 0.79 * 0.0005 * 0.9995]
+    )  # never above the first
+    assert (chances.sum(axis=1) <= 1).all()
+
+
+def test_next_token_counts_nodes_and_not_their_children() -> None:
+    model = AcceptanceModel()
+    for _ in range(400):  # of two nodes, one holds the token in its second child, one in none
+        model.observe([0.5, 0.9, 0.5, 0.9], [False, True, False, False], [True, False, True, False])
+    assert model.next_token == pytest.approx(0.5, abs=0.05)
+    assert model.estimate([0.5, 0.9]) == pytest.approx([0.0, 0.5], abs=0.05)
+
+
+def test_nodes_that_do_not_pay_are_not_expanded() -> None:
+    controller = DepthController(8)
+    for width in [1, 2, 3] * 20:  # a node costs 10 ms, a pass 50 ms and nothing for a token
+        done = Round(1, 2, 2 * width + 1, 2, 2 * 0.01 * width, 0.05, width)
+        controller.observe_round(done)
+    controller.begin_round(1)
+    assert controller.expands([1.0, 0.0]).tolist() == [True, False]  # the first step is taken
+    assert controller.keep_drafting([1.0])
+    worth = 0.01 * controller.rate(1) / controller.acceptance.next_token
+    survival = np.array([1.2, 1.1, 0.9, 0.5]) * worth
+    assert controller.expands(survival).tolist() == [True, True, False, False]
+    displaced = np.array([0.3, 0.0, 0.0, 0.0]) * worth
+    assert controller.expands(survival, displaced).tolist() == [False, True, False, False]
+    assert controller.keep_drafting(survival * controller.expands(survival))
+    assert not controller.keep_drafting([0.9 * worth])
+
+
 def test_cost_line_recovers_the_line_under_noise_and_stalls() -> None:
     rng = np.random.default_rng(1)
     line = CostLine()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""When does another draft step pay? Depth of the draft by measured cost and expected gain.
+"""When does another draft step pay? Growth of the draft by measured cost and expected gain.
 
 A round drafts, verifies and emits tokens; rounds follow each other like the renewals of a process
 with rewards, so throughput in the long run is E[tokens of a round] / E[seconds of a round]
@@ -9,8 +9,10 @@ that ratio r* exactly when it maximises E[tokens] - r* E[seconds], and replacing
 that the best policy for r achieves converges to r*. Here a policy is a rule of stopping, and a
 step is worth taking while the tokens it is expected to add exceed its seconds times r, the
 throughput achieved so far. Survival never rises with depth, so looking one step ahead is enough.
-An r that is too low drafts deeper, one too high stops earlier, and both are corrected by the next
-rounds' measurements.
+In a tree the tokens that a step is expected to add are a sum over the nodes it expands: the target
+follows one path, so the events are exclusive. A chain is the case of one node per row. An r that is
+too low drafts deeper, one too high stops earlier, and both are corrected by the next rounds'
+measurements.
 
 Everything is a pure function of the numbers passed in: no clock is read and nothing is drawn at
 random, so that ranks given the same numbers decide alike. All sums are in float64.
@@ -38,7 +40,13 @@ _MARGIN = 4.0  # a time this many mean deviations too long is an outlier
 
 
 class AcceptanceModel:
-    """Online probability that a draft token is accepted, by its sharpened top-1 probability.
+    """Online probability that a draft token is accepted, by the draft's confidence in it.
+
+    The confidence of a node's best child is its sharpened probability; that of each further child
+    is its share of the probability that the children before it leave over. So defined it is the
+    chance of a token *given that the better ones are refused*, and one table serves every rank:
+    on a language model with 4-, 3- and 2-bit drafts, second to fourth children of one confidence
+    were accepted as often as first ones, within what their counts can tell apart.
 
     Each bucket is a pair of counts, begun with pseudo-counts of the published table and slowly
     forgotten, so that the estimate follows the texts being written.
@@ -54,23 +62,42 @@ class AcceptanceModel:
         rates = (self._accepted / self._trials)[:-1]
         return np.interp(np.asarray(top1, np.float64), _PRIOR_PROBABILITY, rates)
 
-    @property
-    def next_token(self) -> float:
-        """Acceptance of a token that is not drafted yet, given that all before it are accepted."""
-        return float(self._accepted[-1] / self._trials[-1])
+    def children(self, confidence: npt.ArrayLike) -> Floats:
+        """[m, b] probability that the token after each of m nodes is its r-th best child.
 
-    def observe(self, top1: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
-        """Tokens that were put to the test: of each row all accepted ones and the first refused.
+        The children exclude each other, so a row's sum is at most 1. A child never counts more
+        than a better sibling: what is kept of a node's children is then always the best of them.
 
         Args:
-            top1: [m] their top-1 probabilities.
+            confidence: [m, b] confidences of the children, best child first.
+        """
+        given = self.estimate(confidence)
+        refused = np.cumprod(1 - given, axis=1)
+        given[:, 1:] *= refused[:, :-1]
+        return np.minimum.accumulate(given, axis=1)
+
+    @property
+    def next_token(self) -> float:
+        """Probability that a node's drafted children will hold the token after it."""
+        return float(self._accepted[-1] / self._trials[-1])
+
+    def observe(
+        self, top1: npt.ArrayLike, accepted: npt.ArrayLike, first: npt.ArrayLike = True
+    ) -> None:
+        """Tokens that were put to the test: below the root and every accepted token, its children
+        in order up to the one accepted. Of a chain: all accepted ones and the first refused.
+
+        Args:
+            top1: [m] their confidences; of a chain, top-1 probabilities.
             accepted: [m] whether each was accepted.
+            first: [m] whether each is the best of its siblings; a chain has no others.
         """
         bucket = np.searchsorted(self._edges, np.asarray(top1, np.float64))
         size = _PRIOR_PROBABILITY.size
         trials = np.bincount(bucket, minlength=size).astype(np.float64)
         wins = np.bincount(bucket, np.asarray(accepted, np.float64), minlength=size)
-        trials, wins = np.append(trials, trials.sum()), np.append(wins, wins.sum())
+        parents = np.broadcast_to(np.asarray(first, np.float64), bucket.shape).sum()
+        trials, wins = np.append(trials, parents), np.append(wins, wins.sum())
         keep = (1 - 1 / _WINDOW) ** trials
         self._trials = self._trials * keep + trials
         self._accepted = self._accepted * keep + wins
@@ -135,19 +162,20 @@ class Round:
     emitted_tokens: int
     draft_seconds: float
     verify_seconds: float  # the rest of the round, so that both together are its wall time
+    width: float = 1.0  # nodes of a row in a step, the mean over steps; 1 for a chain
 
 
 class DepthController:
-    """Decides, step by step, whether to draft one more token for each row of a batch.
+    """Decides, step by step, whether to grow the drafts of a batch by one more level.
 
-    At least one token is always drafted. It costs one step beside a pass over the whole model, and
+    At least one level is always drafted. It costs one step beside a pass over the whole model, and
     it keeps acceptance and costs observed: a depth of 0 would never be left again. (What that
-    costs where drafting does not pay at all is bounded by one step and one token of a row.)
+    costs where drafting does not pay at all is bounded by one step and the tokens of its level.)
     Before anything was measured, drafting goes on while the next token is more likely accepted
     than not.
 
     Args:
-        max_steps: most tokens drafted for a row (``num_speculative_tokens``).
+        max_steps: most levels drafted; of a chain, its most tokens.
     """
 
     def __init__(self, max_steps: int) -> None:
@@ -155,12 +183,14 @@ class DepthController:
             raise ValueError(f"max_steps must be at least 1, not {max_steps}")
         self.max_steps = max_steps
         self.acceptance = AcceptanceModel()
-        self._step = CostLine()  # seconds of a draft step, by rows
+        self._step = CostLine()  # seconds of a draft step, by nodes
         self._verify = CostLine()  # seconds of the rest of a round, by verified tokens
-        self._means = np.zeros(3)  # emitted tokens, steps and verified tokens, of a row in a round
+        # Emitted tokens, steps, verified tokens and nodes of all steps, of a row in a round.
+        self._means = np.zeros(4)
         self._weight = 0.0
         self._steps = 0
-        self._step_price = 0.0  # tokens that must be expected from a step to pay for it
+        self._rate = 0.0  # tokens that must be expected from a second to pay for it
+        self._saved = 0.0  # seconds by which a step shortens the verification
         self._token_price = 0.0  # probability above which verifying a token pays
 
     def rate(self, rows: int) -> float:
@@ -169,23 +199,26 @@ class DepthController:
         The quotient of means, not the mean of quotients, and by the fitted costs, so that it holds
         at once when the number of rows changes.
         """
-        emitted, steps, verified = self._means
-        seconds = self._step.predict(rows) * steps + self._verify.predict(rows * verified)
+        emitted, steps, verified, nodes = self._means
+        seconds = self._verify.predict(rows * verified)
+        if steps > 0:
+            seconds += self._step.predict(rows * nodes / steps) * steps
         return float(rows * emitted / seconds) if seconds > 0 else 0.0
 
     def begin_round(self, rows: int) -> None:
         """Fixes the prices of a step and of a verified token for a round of ``rows`` rows."""
         self._steps = 0
-        rate = self.rate(rows)
-        if rate == 0:
-            self._step_price, self._token_price = 0.0, 0.5
+        self._rate = self.rate(rows)
+        if self._rate == 0:
+            self._saved, self._token_price = 0.0, 0.5
             return
         token_seconds = self._verify.slope
         # Where streaming goes on while drafting, verification is shorter after a longer draft and
         # the slope negative: the saving belongs to the step, which hides that much streaming.
-        saved = min(0.0, token_seconds) * rows
-        self._step_price = max(0.0, self._step.predict(rows) + saved) * rate
-        self._token_price = max(0.0, token_seconds) * rate
+        _, steps, verified, _ = self._means
+        tokens_of_a_step = rows * (verified - 1) / steps if steps > 0 else rows
+        self._saved = max(0.0, -token_seconds) * tokens_of_a_step
+        self._token_price = max(0.0, token_seconds) * self._rate
 
     def survival(self, previous: npt.ArrayLike, top1: npt.ArrayLike) -> Floats:
         """[rows] probability that each row's newest draft token and all before it are accepted.
@@ -197,16 +230,40 @@ class DepthController:
         """
         return np.asarray(previous, np.float64) * self.acceptance.estimate(top1)
 
-    def keep_drafting(self, survival: npt.ArrayLike) -> bool:
-        """Whether another step pays, given each row's ``survival`` [rows] so far.
+    def _gains(self, survival: npt.ArrayLike, displaced: npt.ArrayLike) -> Floats:
+        """[nodes] tokens that expanding each node is expected to add, less their verification."""
+        expected = np.asarray(survival, np.float64) * self.acceptance.next_token
+        worst = np.maximum(np.asarray(displaced, np.float64), self._token_price)
+        return np.maximum(expected - worst, 0.0)
+
+    def expands(
+        self, survival: npt.ArrayLike, displaced: npt.ArrayLike = 0.0
+    ) -> npt.NDArray[np.bool_]:
+        """[nodes] whether each node of the frontier is worth its place in the next step.
+
+        The arguments are those of `keep_drafting`, which asks whether the step as a whole pays.
+        Before the first step every row's root is.
+        """
+        gains = self._gains(survival, displaced)
+        if self._steps == 0:
+            return np.asarray(survival, np.float64) > 0
+        return gains > max(0.0, self._step.slope) * self._rate
+
+    def keep_drafting(self, survival: npt.ArrayLike, displaced: npt.ArrayLike = 0.0) -> bool:
+        """Whether another step pays that expands the given nodes; of chains, one for each row.
 
         True counts as one step taken; after ``max_steps`` of them the answer is False.
+
+        Args:
+            survival: [nodes] survival of each; 0 for a node that is not expanded.
+            displaced: [nodes] survival of the node that a child would push out of its row's draft,
+                0 where there is room.
         """
-        alive = np.asarray(survival, np.float64)
-        if self._steps >= self.max_steps or not (alive > 0).any():
+        nodes = int((np.asarray(survival, np.float64) > 0).sum())
+        if self._steps >= self.max_steps or not nodes:
             return False
-        gains = alive * self.acceptance.next_token - self._token_price
-        pays = np.maximum(gains, 0.0).sum() > self._step_price
+        price = max(0.0, self._step.predict(nodes) - self._saved) * self._rate
+        pays = self._gains(survival, displaced).sum() > price
         self._steps += 1
         return bool(pays) or self._steps == 1
 
@@ -217,7 +274,8 @@ class DepthController:
         its tail would cost verification and yield nothing.
 
         Args:
-            survival: [rows, steps] of all drafted tokens; it does not rise along a row.
+            survival: [rows, nodes] of all drafted tokens, in any order; negative where a row has
+                fewer. It does not rise along a path, so the best ones are closed under parents.
         """
         worth = (np.asarray(survival, np.float64) >= self._token_price).sum(axis=1)
         return np.maximum(worth, 1)
@@ -227,9 +285,9 @@ class DepthController:
         if done.rows == 0:
             return
         if done.steps:
-            self._step.observe(done.rows, done.draft_seconds / done.steps)
+            self._step.observe(done.rows * done.width, done.draft_seconds / done.steps)
         self._verify.observe(done.verified_tokens, done.verify_seconds)
-        per_row = np.array([done.emitted_tokens, 0, done.verified_tokens]) / done.rows
-        per_row[1] = done.steps
+        emitted, verified = done.emitted_tokens / done.rows, done.verified_tokens / done.rows
+        per_row = np.array([emitted, done.steps, verified, done.steps * done.width])
         self._weight = self._weight * (1 - _FORGET) + 1
         self._means += (per_row - self._means) / self._weight

@@ -92,8 +92,8 @@ class TokenTree:
             ancestors = np.where(live, ancestors[ancestors], -1)
         return mask
 
-    def prune(self, limit: int) -> Self:
-        """The ``limit`` nodes of highest score, in their order; parents are kept with children.
+    def best(self, limit: int) -> npt.NDArray[np.int64]:
+        """[min(limit, n)] the nodes of highest score, ascending; a node's parent is among them.
 
         Among equal scores the earlier node wins, so a parent ranks above its children.
 
@@ -102,9 +102,17 @@ class TokenTree:
         """
         if limit < 0:
             raise ValueError(f"limit must not be negative, not {limit}")
-        if limit >= len(self):
+        return np.sort(np.argsort(-self.scores, kind="stable")[:limit])
+
+    def prune(self, limit: int) -> Self:
+        """The tree of the `best` ``limit`` nodes, in their order.
+
+        Raises:
+            ValueError: ``limit`` is negative.
+        """
+        kept = self.best(limit)
+        if kept.size == len(self):
             return self
-        kept = np.sort(np.argsort(-self.scores, kind="stable")[:limit])
         renumbered = np.full(len(self) + 1, -1, np.int32)  # the last entry answers for parent -1
-        renumbered[kept] = np.arange(limit, dtype=np.int32)
+        renumbered[kept] = np.arange(kept.size, dtype=np.int32)
         return type(self)(self.tokens[kept], renumbered[self.parents[kept]], self.scores[kept])
