@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from vllm_subspec.core.acceptance import verdicts, walk
 from vllm_subspec.core.cost import AcceptanceModel, DepthController, Round
-from vllm_subspec.core.growth import Beam, Draft, Nodes, grow
+from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.growth import Beam, Nodes, grow
 
 VOCAB = 7
 TEMPERATURE = 0.2
@@ -70,7 +71,7 @@ def reference_levels(root: int, depth: int, branching: int) -> list[list[tuple[t
     return levels
 
 
-def paths_of(draft: Draft) -> list[tuple[int, ...]]:
+def paths_of(draft: DraftTokens) -> list[tuple[int, ...]]:
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(draft.tree.tokens, draft.tree.parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), int(token)))
@@ -89,7 +90,9 @@ ROWS = st.lists(
 )
 
 
-def grown(rows: list[tuple[int, int, int]], branching: int, lengths: list[int]) -> list[Draft]:
+def grown(
+    rows: list[tuple[int, int, int]], branching: int, lengths: list[int]
+) -> list[DraftTokens]:
     roots, depths, limits = (list(column) for column in zip(*rows, strict=True))
     beam = Beam(roots, depths, limits, branching, TEMPERATURE, AcceptanceModel())
     drafted = Drafted(beam, roots)

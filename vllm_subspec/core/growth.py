@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_subspec.core.cost import AcceptanceModel, DepthController
+from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.tree import TokenTree
 
 Ints = npt.NDArray[np.int64]
@@ -52,14 +53,6 @@ class Nodes:
         names = [field.name for field in fields(cls)]
         joined = cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
         return joined[np.argsort(joined.rows, kind="stable")]
-
-
-@dataclass(frozen=True, eq=False)
-class Draft:
-    """A row's tree and, ``[n]`` float64, the confidence of each node when it was drafted."""
-
-    tree: TokenTree
-    confidence: Floats
 
 
 class Beam:
@@ -169,7 +162,7 @@ class Beam:
         last = np.minimum(self._limits, ranked.shape[1]) - 1
         return np.where(full, ranked[rows, last[rows]], 0.0)
 
-    def drafts(self, lengths: npt.ArrayLike) -> list[Draft]:
+    def drafts(self, lengths: npt.ArrayLike) -> list[DraftTokens]:
         """For each row the tree of its best nodes, closed under parents.
 
         The scores of a tree are the survival of its nodes.
@@ -190,13 +183,13 @@ class Beam:
                 nodes.survival[own].astype(np.float32),
             )
             size = max(0, int(keep[row]))
-            drafts.append(Draft(tree.prune(size), nodes.confidence[own][tree.best(size)]))
+            drafts.append(DraftTokens(tree, nodes.confidence[own]).select(tree.best(size)))
         return drafts
 
 
 def grow(
     beam: Beam, controller: DepthController, expand: Callable[[Nodes], torch.Tensor]
-) -> list[Draft]:
+) -> list[DraftTokens]:
     """Grow the trees of one round as long as that pays, and cut them to what is worth verifying.
 
     Args:

@@ -111,8 +111,19 @@ class TokenTree:
             ValueError: ``limit`` is negative.
         """
         kept = self.best(limit)
-        if kept.size == len(self):
-            return self
-        renumbered = np.full(len(self) + 1, -1, np.int32)  # the last entry answers for parent -1
-        renumbered[kept] = np.arange(kept.size, dtype=np.int32)
-        return type(self)(self.tokens[kept], renumbered[self.parents[kept]], self.scores[kept])
+        return self if kept.size == len(self) else self.select(kept)
+
+    def select(self, nodes: npt.NDArray[np.integer]) -> Self:
+        """The tree of some nodes, in their order.
+
+        Args:
+            nodes: [m] ascending, closed under parents.
+
+        Raises:
+            ValueError: a node's parent is not among them.
+        """
+        missing = -2  # no parent's number: the constructor refuses it
+        renumbered = np.full(len(self) + 1, missing, np.int32)
+        renumbered[nodes] = np.arange(len(nodes), dtype=np.int32)
+        renumbered[-1] = -1  # the root's
+        return type(self)(self.tokens[nodes], renumbered[self.parents[nodes]], self.scores[nodes])

@@ -8,6 +8,7 @@ V are read once for all of them and are never expanded.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,24 @@ from vllm_subspec.core.tree import TokenTree
 # Scores computed at a time: so many float32 stay in a core's L2 cache from product to softmax to
 # product.
 _SCORES = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class TreeRows:
+    """The requests of a pass whose queries attend along the paths of a tree.
+
+    Each query of such a request attends to the ``prefix`` first slots of its sequence and, of the
+    slots behind them, to those that its row of the mask allows. Slots are node indices; positions
+    (of the rotary embedding) are depths and do not matter here.
+    """
+
+    rows: tuple[int, ...]
+    """Their indices in the batch, ascending."""
+    prefixes: tuple[int, ...]
+    """Slots of each that every query attends to: its committed tokens."""
+    masks: tuple[Tensor, ...]
+    """Of each, [queries, slots behind the prefix] bool on the CPU; the queries are all of the
+    request's in this pass. A query's own slot is among those it attends to."""
 
 
 def verification_mask(tree: TokenTree) -> Tensor:
