@@ -22,8 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-# vLLM 0.32's rejection sampler verifies at most this many draft tokens per request and round.
-MAX_SPECULATIVE_TOKENS = 128
+# Nodes of one request's tree: beyond, masks and slots cost more than any draft gains.
+MAX_SPECULATIVE_TOKENS = 512
 
 
 def _list_to_tuple(value: object) -> object:
@@ -43,18 +43,32 @@ LayerIndices = Annotated[
 class SubspecOptions(BaseModel):
     """Typed options. ``description`` of a field is what its error message says is allowed.
 
-    The draft's depth is not an option: ``num_speculative_tokens`` is its upper limit and the cost
-    model (``core/cost.py``) stops earlier where another token does not pay.
+    ``num_speculative_tokens`` bounds the nodes of a request's tree, ``depth`` its levels and
+    ``branching`` the nodes of a level. They are upper limits: with dynamic pruning the cost model
+    (``core/cost.py``) stops earlier, and drafts narrower, where more does not pay.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     num_speculative_tokens: int = Field(
+        128,
+        ge=1,
+        le=MAX_SPECULATIVE_TOKENS,
+        description=f"an integer from 1 to {MAX_SPECULATIVE_TOKENS}",
+    )
+    branching: int = Field(
+        6, ge=1, le=64, description="an integer from 1 (draft chains instead of trees) to 64"
+    )
+    depth: int = Field(
         48,
         ge=1,
         le=MAX_SPECULATIVE_TOKENS,
-        description=f"an integer from 1 to {MAX_SPECULATIVE_TOKENS} (the most draft tokens vLLM's "
-        "rejection sampler takes)",
+        description=f"an integer from 1 to {MAX_SPECULATIVE_TOKENS}",
+    )
+    pruning: Literal["dynamic", "none"] = Field(
+        "dynamic",
+        description='"dynamic" (drop what costs more than it is expected to gain) or "none" (a '
+        "full beam in every round)",
     )
     bits: Literal[2, 3, 4, 8] = Field(4, description="2, 3, 4 or 8")
     group_size: Literal[16, 32, 64, 128, 256, -1] | None = Field(

@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_subspec.core.paged_kv import BlockLayout, WidePages
 from vllm_subspec.core.tree import TokenTree
-from vllm_subspec.core.tree_attention import attend_batch, verification_mask
+from vllm_subspec.core.tree_attention import TreeRows, attend_batch, verification_mask
 
 pytestmark = pytest.mark.skipif(
     not current_platform.is_cpu(), reason="the operations of vLLM's CPU backend"
@@ -80,8 +80,8 @@ def test_a_chain_is_attended_to_as_by_the_causal_operation(dtype: torch.dtype) -
         k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
     )  # fmt: skip
     chain = TokenTree.chain(range(n - 1), [0.5] * (n - 1))
-    masks = [verification_mask(chain)]
+    batch = TreeRows((0,), (prefix,), (verification_mask(chain),))
     pages = WidePages(layout)
-    attend_batch(query, cache, table, [0, n], [prefix], masks, width**-0.5, pages, out)
+    attend_batch(query, cache, table, [0, n], batch, width**-0.5, pages, out)
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     assert torch.allclose(out.float(), causal.float(), atol=tolerance)

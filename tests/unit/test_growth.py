@@ -94,7 +94,9 @@ def grown(
     rows: list[tuple[int, int, int]], branching: int, lengths: list[int]
 ) -> list[DraftTokens]:
     roots, depths, limits = (list(column) for column in zip(*rows, strict=True))
-    beam = Beam(roots, depths, limits, branching, TEMPERATURE, AcceptanceModel())
+    beam = Beam(
+        roots, depths, limits, [999] * len(roots), branching, TEMPERATURE, AcceptanceModel()
+    )
     drafted = Drafted(beam, roots)
     for _ in range(6):
         drafted.extend()
@@ -152,7 +154,7 @@ def test_cut_keeps_the_best_closed_under_parents_and_the_best_siblings(
 def test_branching_one_is_the_greedy_chain_also_in_ties(roots: list[int], steps: float) -> None:
     depth = 12
     full = [depth] * len(roots)
-    beam = Beam(roots, full, full, 1, TEMPERATURE, AcceptanceModel())
+    beam = Beam(roots, full, full, [999] * len(roots), 1, TEMPERATURE, AcceptanceModel())
     drafted = Drafted(beam, roots, steps)
     for _ in range(depth):
         drafted.extend()
@@ -180,7 +182,7 @@ def test_children_are_the_best_tokens_of_any_vocabulary(
     """``spread`` 0: all tie; 0.25: many do, in bfloat16 and rounded; 4: few."""
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
     logits = (logits * spread).round(decimals=1).to(dtype)
-    beam = Beam([0] * 3, [1] * 3, [9] * 3, branching, 1.0, AcceptanceModel())
+    beam = Beam([0] * 3, [1] * 3, [9] * 3, [9] * 3, branching, 1.0, AcceptanceModel())
     beam.extend(logits)
     for row, draft in enumerate(beam.drafts([9] * 3)):
         tokens = draft.tree.tokens.tolist()
@@ -197,7 +199,7 @@ def test_children_are_the_best_tokens_of_any_vocabulary(
 
 def test_deep_paths_keep_their_order_below_the_smallest_float32() -> None:
     depth = 60
-    beam = Beam([0], [depth + 1], [999], 2, TEMPERATURE, AcceptanceModel())
+    beam = Beam([0], [depth + 1], [999], [999], 2, TEMPERATURE, AcceptanceModel())
     for _ in range(depth):
         logits = torch.zeros(beam.frontier.rows.size, 4000)
         logits[:, 7], logits[:, 8] = 0.02, 0.01
@@ -216,7 +218,9 @@ def test_displaced_is_the_last_node_that_still_fits(
     rows: list[tuple[int, int, int]], branching: int
 ) -> None:
     roots, depths, limits = (list(column) for column in zip(*rows, strict=True))
-    beam = Beam(roots, depths, limits, branching, TEMPERATURE, AcceptanceModel())
+    beam = Beam(
+        roots, depths, limits, [999] * len(roots), branching, TEMPERATURE, AcceptanceModel()
+    )
     drafted = Drafted(beam, roots)
     for _ in range(6):
         drafted.extend()
@@ -227,9 +231,9 @@ def test_displaced_is_the_last_node_that_still_fits(
 
 def test_invalid_options_are_refused() -> None:
     with pytest.raises(ValueError, match="branching"):
-        Beam([0], [1], [1], 0, TEMPERATURE, AcceptanceModel())
+        Beam([0], [1], [1], [1], 0, TEMPERATURE, AcceptanceModel())
     with pytest.raises(ValueError, match="draft_temperature"):
-        Beam([0], [1], [1], 1, 0.0, AcceptanceModel())
+        Beam([0], [1], [1], [1], 1, 0.0, AcceptanceModel())
 
 
 # --- growth against a known text, with a clock that is computed ----------------------------------
@@ -270,7 +274,7 @@ class Text:
         tokens = (self.rng.random((rows, _DEPTH + 1, 1)) > raw[kinds].cumsum(axis=2)).sum(axis=2)
         depths, limits = [fixed_depth or _DEPTH] * rows, [_NODES] * rows
         acceptance = controller.acceptance
-        beam = Beam([0] * rows, depths, limits, branching, TEMPERATURE, acceptance)
+        beam = Beam([0] * rows, depths, limits, [999] * rows, branching, TEMPERATURE, acceptance)
 
         def expand(nodes: Nodes) -> torch.Tensor:
             return torch.tensor(np.log(raw[kinds[nodes.rows, beam.depth]]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.unit.trees import token_trees
 from vllm_subspec.core.paged_kv import BlockLayout, WidePages, WritePages
 from vllm_subspec.core.tree import TokenTree
-from vllm_subspec.core.tree_attention import attend, attend_batch, verification_mask
+from vllm_subspec.core.tree_attention import TreeRows, attend, attend_batch, verification_mask
 
 BLOCK, HEAD = 4, 8
 
@@ -107,8 +107,9 @@ def test_every_node_sees_the_prefix_and_its_ancestors(
     starts = [0, *np.cumsum([len(tree) + 1 for tree in trees]).tolist()]
     query = torch.randn(starts[-1], heads[0], HEAD, generator=torch.Generator().manual_seed(seed))
     out = torch.full_like(query, torch.nan)
-    masks = [verification_mask(tree) for tree in trees]
-    attend_batch(query, cache, table, starts, prefixes, masks, 0.3, WidePages(layout), out)
+    masks = tuple(verification_mask(tree) for tree in trees)
+    batch = TreeRows(tuple(range(len(rows))), tuple(prefixes), masks)
+    attend_batch(query, cache, table, starts, batch, 0.3, WidePages(layout), out)
     for row, (tree, prefix) in enumerate(rows):
         for node in range(-1, len(tree)):
             seen = [*range(prefix + 1), *(prefix + 1 + i for i in ancestry(tree, node))]
@@ -171,7 +172,8 @@ def test_bfloat16_is_widened_and_accumulated_in_float32() -> None:
     query = torch.randn(4, 2, HEAD).bfloat16()
     out = torch.empty_like(query)
     pages = WidePages(layout)
-    attend_batch(query, cache, table, [0, 4], [prefix], [verification_mask(tree)], 0.35, pages, out)
+    batch = TreeRows((0,), (prefix,), (verification_mask(tree),))
+    attend_batch(query, cache, table, [0, 4], batch, 0.35, pages, out)
     for i in range(4):
         expected = reference(query[i], key[0], value[0], list(range(prefix + 1 + i)), 0.35)
         error = (out[i].double() - expected).abs()

@@ -291,3 +291,23 @@ class DepthController:
         per_row = np.array([emitted, done.steps, verified, done.steps * done.width])
         self._weight = self._weight * (1 - _FORGET) + 1
         self._means += (per_row - self._means) / self._weight
+
+
+class FullGrowth(DepthController):
+    """Every level and every node of it, as far as the limits allow: nothing is pruned.
+
+    It learns as its base does; what it learns decides only which nodes a tree keeps.
+    """
+
+    def expands(
+        self, survival: npt.ArrayLike, displaced: npt.ArrayLike = 0.0
+    ) -> npt.NDArray[np.bool_]:
+        return np.asarray(survival, np.float64) > 0
+
+    def keep_drafting(self, survival: npt.ArrayLike, displaced: npt.ArrayLike = 0.0) -> bool:
+        going = self._steps < self.max_steps and bool((np.asarray(survival) > 0).any())
+        self._steps += going
+        return going
+
+    def lengths(self, survival: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        return (np.asarray(survival, np.float64) >= 0).sum(axis=1)

@@ -62,6 +62,7 @@ class Beam:
         roots: [rows] newest token of each row.
         depths: [rows] most levels of each row's tree.
         limits: [rows] most nodes of each row's tree that can be verified.
+        slots: [rows] nodes that can be expanded, the root included: each needs a place for its K/V.
         branching: children kept per level of a row.
         draft_temperature: sharpens the draft's probabilities; above 0.
         acceptance: what confidence has been worth.
@@ -75,6 +76,7 @@ class Beam:
         roots: npt.ArrayLike,
         depths: npt.ArrayLike,
         limits: npt.ArrayLike,
+        slots: npt.ArrayLike,
         branching: int,
         draft_temperature: float,
         acceptance: AcceptanceModel,
@@ -91,13 +93,14 @@ class Beam:
         self._acceptance = acceptance
         self._depths = np.asarray(depths, np.int64)
         self._limits = np.asarray(limits, np.int64)
+        self._slots = np.array(slots, np.int64)
         self._sizes = np.zeros(tokens.size, np.int64)
         self._levels: list[Nodes] = []
         self.frontier = Nodes(rows, root, root, tokens, np.zeros(tokens.size), one, one)
         """The nodes that the next level is grown from."""
         self.expanded = 0
         """Nodes that levels were grown from, over all rows and steps."""
-        self.keep((self._depths > 0) & (self._limits > 0))
+        self.keep((self._depths > 0) & (self._limits > 0) & (self._slots > 0))
 
     @property
     def depth(self) -> int:
@@ -118,6 +121,7 @@ class Beam:
         """
         frontier = self.frontier
         self.expanded += frontier.rows.size
+        self._slots -= np.bincount(frontier.rows, minlength=self._slots.size)
         tokens, logs = _best_tokens(logits, self._sharpness, self._branching)
         confidence = _confidence(np.exp(logs))
         survival = frontier.survival[:, None] * self._acceptance.children(confidence)
@@ -141,6 +145,13 @@ class Beam:
         self._levels.append(level)
         self.frontier = level
         self.keep(self._depths[level.rows] > self.depth)
+
+    @property
+    def fits(self) -> Bools:
+        """[m] whether there is a slot for each node of the frontier; a row's best ones come first
+        among its frontier's."""
+        rows = self.frontier.rows
+        return np.arange(rows.size) - np.searchsorted(rows, rows) < self._slots[rows]
 
     @property
     def survival(self) -> Floats:
@@ -200,6 +211,7 @@ def grow(
     controller.begin_round(beam.frontier.rows.size)
     while True:
         beam.keep(controller.expands(beam.frontier.survival, beam.displaced))
+        beam.keep(beam.fits)
         if not controller.keep_drafting(beam.frontier.survival, beam.displaced):
             return beam.drafts(controller.lengths(beam.survival))
         beam.extend(expand(beam.frontier))

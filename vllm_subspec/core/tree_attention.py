@@ -87,28 +87,26 @@ def attend_batch(
     cache: Tensor,
     block_table: Tensor,
     starts: Sequence[int],
-    prefixes: Sequence[int],
-    masks: Sequence[Tensor],
+    trees: TreeRows,
     scale: float,
     pages: WidePages,
     out: Tensor,
 ) -> None:
-    """Attention of several requests' trees, whose K/V is in ``cache`` already.
+    """Attention of the tree rows of a batch, whose K/V is in ``cache`` already.
 
     Args:
-        query: [tokens, heads, head_size].
+        query: [tokens, heads, head_size] of the whole batch.
         cache: [blocks, KV heads, block_size, 2 * head_size] of the layer.
         block_table: [requests, blocks] int, on the CPU.
         starts: [requests + 1] first query of each request, and the end.
-        prefixes: [requests] committed tokens of each; its tree lies behind them.
-        masks: [requests] what each request's queries attend to behind its prefix (`attend`).
+        trees: which requests attend to what.
         scale: of the scores.
         pages: scratch.
-        out: [tokens, heads, head_size].
+        out: [tokens, heads, head_size]; the queries of other requests are left as they are.
     """
     size = cache.shape[2]
-    for row, mask in enumerate(masks):
+    for row, prefix, mask in zip(trees.rows, trees.prefixes, trees.masks, strict=True):
         own = slice(starts[row], starts[row + 1])
-        used = -(-(prefixes[row] + mask.shape[1]) // size)
+        used = -(-(prefix + mask.shape[1]) // size)
         pages.load(cache, block_table[row, :used].tolist())
-        attend(query[own], pages, mask, prefixes[row], scale, out[own])
+        attend(query[own], pages, mask, prefix, scale, out[own])

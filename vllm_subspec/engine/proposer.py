@@ -3,13 +3,13 @@
 """vLLM's ``custom_class`` proposer over a `Drafter`.
 
 vLLM calls `propose` after each step with the tokens it has just emitted. A row that is still in
-prefill has emitted none and drafts nothing; every other row may draft as many tokens as it can
-still verify: one row near its end shortens only its own draft.
+prefill has emitted none and drafts nothing; every other row may draft as much as it can still
+verify and emit: one row near its end shortens only its own draft.
 """
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,14 +18,17 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_subspec.config import SubspecOptions
-from vllm_subspec.core.cost import DepthController, Round
+from vllm_subspec.core.acceptance import verdicts
+from vllm_subspec.core.cost import DepthController, FullGrowth, Round
+from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.drafters.base import DraftRow
 from vllm_subspec.drafters.substitute import SubstituteDrafter
 from vllm_subspec.engine.draft_forward import DraftForward
 from vllm_subspec.engine.metrics import DraftingStats
+from vllm_subspec.engine.verification import Verification
 
 if TYPE_CHECKING:
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm_subspec.engine.runner import TreeRunner
 
 
 class SubspecProposer:
@@ -35,22 +38,22 @@ class SubspecProposer:
         self.options = SubspecOptions.parse(vllm_config.additional_config["subspec"])
         self.enabled = True
         self.stats = DraftingStats()
-        self._seed = vllm_config.model_config.seed
         self._max_model_len = vllm_config.model_config.max_model_len
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._pass_began: float | None = None
-        self._drafted: dict[str, int] = {}
         self._last_draft_seconds = 0.0
-        self._last_steps = 0
 
-    def bind(self, runner: "GPUModelRunner", build_draft: Callable[[nn.Module], nn.Module]) -> None:
+    def bind(self, runner: "TreeRunner", build_draft: Callable[[nn.Module], nn.Module]) -> None:
         self._runner = runner
         self._build_draft = build_draft
+        options = self.options
+        self.configure(options.branching, options.depth, options.pruning)
+
+    def configure(self, branching: int, depth: int, pruning: Literal["dynamic", "none"]) -> None:
+        """Draft by other options from now on; what was learnt of costs and acceptance is lost."""
+        growth = DepthController(depth) if pruning == "dynamic" else FullGrowth(depth)
         self.drafter = SubstituteDrafter(
-            DepthController(self.options.num_speculative_tokens),
-            self.options.draft_temperature,
-            self._seed,
-            runner.device,
+            growth, branching, self.options.draft_temperature, self._runner.device
         )
 
     def load_model(self, target: nn.Module) -> None:
@@ -67,12 +70,11 @@ class SubspecProposer:
         num_tokens_no_spec: np.ndarray,
         token_ids_cpu: np.ndarray,
         slot_mappings: Any = None,
-    ) -> list[list[int]]:
-        """Draft token ids for every row of the batch, ``[]`` for rows that draft nothing."""
+    ) -> list[DraftTokens]:
+        """The draft of every row of the batch; an empty one for rows that draft nothing."""
         began = time.perf_counter()
         self._learn(sampled_token_ids, began)
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        self._drafted = {}
+        drafts = [DraftTokens.none() for _ in sampled_token_ids]
         if not self.enabled:
             return drafts
         rows, indices, positions = [], [], []
@@ -87,16 +89,15 @@ class SubspecProposer:
                 positions.append(position)
         if not rows:
             return drafts
-        forward = DraftForward(self._runner, self._draft, np.array(indices), np.array(positions))
-        proposal = self.drafter.propose(rows, forward)
-        for row, index, tree in zip(rows, indices, proposal.trees, strict=True):
-            drafts[index] = tree.tokens.tolist()
-            self._drafted[row.request_id] = len(tree)
-        if proposal.probabilities is not None:
-            # vLLM clears these before it calls the proposer and reads them when it samples next.
-            self._runner._draft_probs = proposal.probabilities
-            self._runner._draft_prob_req_ids = [row.request_id for row in rows]
-        self._last_steps = self.drafter.steps
+        forward = DraftForward(
+            self._runner,
+            self._draft,
+            np.array(indices),
+            np.array(positions),
+            np.array([row.slots for row in rows]),
+        )
+        for index, draft in zip(indices, self.drafter.propose(rows, forward), strict=True):
+            drafts[index] = draft
         self._last_draft_seconds = time.perf_counter() - began
         return drafts
 
@@ -106,50 +107,61 @@ class SubspecProposer:
         request = self._runner.requests[request_id]
         params = request.sampling_params
         # The scheduler fills a sequence up to max_model_len - 1 computed tokens, and a round emits
-        # at most one token more than it drafted.
-        limit = self._max_model_len - 2 - position
+        # at most one token more than the draft is deep.
+        limit = min(self.options.num_speculative_tokens, self._max_model_len - 2 - position)
+        depth = min(self.drafter.growth.max_steps, limit)
         if params.max_tokens is not None:
-            limit = min(limit, params.max_tokens - len(request.output_token_ids) - 1)
-        limit = min(limit, self.options.num_speculative_tokens)
-        if limit < 1:
+            depth = min(depth, params.max_tokens - len(request.output_token_ids) - 1)
+        if depth < 1:
             return None
-        greedy = params.temperature < 1e-5
+        slots = min(self.options.num_speculative_tokens, self._max_model_len - position)
+        if params.temperature < 1e-5:
+            return DraftRow(request_id, root, depth, limit, slots)
         return DraftRow(
             request_id,
             root,
+            depth,
             limit,
-            0.0 if greedy else params.temperature,
+            slots,
+            params.temperature,
             params.top_k,
             params.top_p,
-            params.seed,
+            self._runner.seed_stream(request_id).ahead(depth),
         )
 
     def _learn(self, sampled_token_ids: list[list[int]], now: float) -> None:
         """What became of the last drafts, and what the round cost."""
-        batch = self._runner.input_batch
-        emitted = 0
-        for index, tokens in enumerate(sampled_token_ids):
-            if (request_id := batch.req_ids[index]) in self._drafted and tokens:
-                self.drafter.learn(request_id, len(tokens) - 1)
-                emitted += len(tokens)
-        verified = sum(self._drafted.values()) + len(self._drafted)
-        pure = set(self._drafted) == set(batch.req_ids) and all(sampled_token_ids)
-        self.drafter.forget(self.drafter.tracked - set(batch.req_ids))
-        if not self._drafted or not pure or self._pass_began is None:
-            return
-        draft_seconds, verify_seconds = self._agree(
-            self._last_draft_seconds, now - self._pass_began
+        verification = self._runner.verification
+        walks = verification.walks
+        assert walks is not None
+        drafted = verification.sizes > 0
+        for draft, path in zip(verification.drafts, walks.paths, strict=True):
+            nodes, accepted, first = verdicts(draft.tree, path)
+            self.drafter.growth.acceptance.observe(draft.confidence[nodes], accepted, first)
+        # Prompt chunks and rows without a draft cost time that says nothing about draft tokens.
+        if drafted.all() and all(sampled_token_ids) and self._pass_began is not None:
+            emitted = sum(len(tokens) for tokens in sampled_token_ids)
+            self._record(verification, emitted, now - self._pass_began)
+
+    def _record(self, verification: Verification, emitted: int, verify_seconds: float) -> None:
+        rows, nodes = len(verification.drafts), int(verification.sizes.sum())
+        last = self.drafter.last
+        draft_seconds, verify_seconds = self._agree(self._last_draft_seconds, verify_seconds)
+        width = last.expanded / last.steps / rows
+        self.drafter.growth.observe_round(
+            Round(rows, last.steps, nodes + rows, emitted, draft_seconds, verify_seconds, width)
         )
-        rows = len(self._drafted)
-        self.drafter.depth.observe_round(
-            Round(rows, self._last_steps, verified, emitted, draft_seconds, verify_seconds)
-        )
-        self.stats.rounds += 1
-        self.stats.draft_tokens += verified - rows
-        self.stats.emitted_tokens += emitted
-        self.stats.steps += self._last_steps
-        self.stats.draft_seconds += draft_seconds
-        self.stats.verify_seconds += verify_seconds
+        stats = self.stats
+        stats.rounds += 1
+        stats.request_rounds += rows
+        stats.draft_nodes += nodes
+        stats.draft_depth += sum(int(draft.tree.depths.max()) for draft in verification.drafts)
+        stats.emitted_tokens += emitted
+        stats.steps += last.steps
+        stats.expanded_nodes += last.expanded
+        stats.forward_seconds += last.forward_seconds
+        stats.draft_seconds += draft_seconds
+        stats.verify_seconds += verify_seconds
 
     def _agree(self, *seconds: float) -> list[float]:
         """Rank 0's clock: all ranks must decide alike."""
