@@ -40,6 +40,7 @@ class SubspecProposer:
         self.stats = DraftingStats()
         self._max_model_len = vllm_config.model_config.max_model_len
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
+        self._drafters: dict[tuple[int, int, str], SubstituteDrafter] = {}
         self._pass_began: float | None = None
         self._last_draft_seconds = 0.0
 
@@ -50,11 +51,14 @@ class SubspecProposer:
         self.configure(options.branching, options.depth, options.pruning)
 
     def configure(self, branching: int, depth: int, pruning: Literal["dynamic", "none"]) -> None:
-        """Draft by other options from now on; what was learnt of costs and acceptance is lost."""
-        growth = DepthController(depth) if pruning == "dynamic" else FullGrowth(depth)
-        self.drafter = SubstituteDrafter(
-            growth, branching, self.options.draft_temperature, self._runner.device
-        )
+        """Draft by these options from now on; what was learnt under them before is still known."""
+        key = (branching, depth, pruning)
+        if key not in self._drafters:
+            growth = DepthController(depth) if pruning == "dynamic" else FullGrowth(depth)
+            self._drafters[key] = SubstituteDrafter(
+                growth, branching, self.options.draft_temperature, self._runner.device
+            )
+        self.drafter = self._drafters[key]
 
     def load_model(self, target: nn.Module) -> None:
         """Called by vLLM when the target's weights are loaded."""
