@@ -2,28 +2,33 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The patches apply to the installed vLLM, and their run-time forms do what they say."""
 
+import importlib.util
 import inspect
 import os
 import py_compile
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vllm
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils import cpu_triton_utils
 from vllm.utils.hashing import sha256
+from vllm.v1 import outputs as vllm_outputs
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -37,7 +42,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from tests.unit.trees import token_trees
 from vllm_subspec import plugin
+from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.engine import compat
 from vllm_subspec.engine.failure import FailedOutput
 
@@ -59,27 +67,32 @@ def _plugin() -> None:
 # The files
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_patch_applies_to_the_installed_vllm(patch: Path, tmp_path: Path) -> None:
+def patched_files(patch: Path, folder: Path) -> list[str]:
+    """Copy to ``folder`` what ``patch`` touches, apply it, and return the files' names."""
     touched = TOUCHED.findall(patch.read_text())
-    assert touched
     for name in touched:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(INSTALLED / name, tmp_path / name)
-    before = {name: (tmp_path / name).read_text() for name in touched}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(INSTALLED / name, folder / name)
     # Outside any repository, or git would take the paths as relative to its root.
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     for options in (["--check"], []):
         done = subprocess.run(
             ["git", "apply", *options, str(patch)],
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
+    return touched
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_patch_applies_to_the_installed_vllm(patch: Path, tmp_path: Path) -> None:
+    touched = patched_files(patch, tmp_path)
+    assert touched
     for name in touched:
-        assert (tmp_path / name).read_text() != before[name]
+        assert (tmp_path / name).read_text() != (INSTALLED / name).read_text()
         py_compile.compile(str(tmp_path / name), doraise=True)
 
 
@@ -116,6 +129,8 @@ def test_applying_twice_changes_nothing() -> None:
                 (GPUModelRunner, "_sample"),
                 (GPUModelRunner, "_bookkeeping_sync"),
                 (Scheduler, "update_from_output"),
+                (StructuredOutputManager, "validate_tokens"),
+                (StructuredOutputManager, "grammar_bitmask"),
             )
         ]
 
@@ -336,3 +351,247 @@ def test_the_scheduler_reads_the_set_of_requests_to_fail() -> None:
     """The set is an attribute of the instance, which `seams` cannot see."""
     stock: Callable[..., Any] = inspect.unwrap(Scheduler.update_from_output)
     assert "grammar_compile_error_reqs" in stock.__code__.co_names
+
+
+# 0006: both forms, the run-time one and the patched files
+
+NODES = 12
+REGEX = "(a[ab]|b[acd])*(cd|ce?)"  # siblings have different followers
+THOUGHT = "}"  # ends the reasoning of `Thinker`
+
+# How vLLM calls xgrammar.
+QUIET = pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
+
+
+@dataclass(frozen=True)
+class Form:
+    """vLLM with the patch: its manager and its drafts."""
+
+    manager: type
+    draft: Callable[[TokenTree], list[int]]
+    parents: Callable[[Any], list[int]]
+
+
+RUN_TIME = Form(
+    StructuredOutputManager,
+    lambda tree: DraftTokens(tree, np.ones(len(tree))),
+    lambda drafts: drafts.tree.parents.tolist(),
+)
+
+
+@pytest.fixture(scope="module", params=["run time", "files"])
+def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Form:
+    if request.param == "run time":
+        return RUN_TIME
+    patch = next(patch for patch in PATCHES if patch.name.startswith("0006"))
+    folder = tmp_path_factory.mktemp("patched")
+    patched_files(patch, folder)
+    patcher = pytest.MonkeyPatch()
+    request.addfinalizer(patcher.undo)
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"patched_{Path(name).stem}", folder / name)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patcher.setitem(sys.modules, spec.name, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    draft_tree = load("vllm/v1/outputs.py").DraftTree
+    patcher.setattr(vllm_outputs, "DraftTree", draft_tree, raising=False)
+    return Form(
+        load("vllm/v1/structured_output/__init__.py").StructuredOutputManager,
+        lambda tree: draft_tree(tree.tokens.tolist(), tree.parents.tolist()),
+        lambda drafts: drafts.parents,
+    )
+
+
+@dataclass
+class Constrained:
+    """A manager and requests of it that have got to different places in their grammars."""
+
+    form: Form
+    manager: Any
+    requests: dict[str, Request]
+    committed: dict[str, list[int]]
+    alphabet: list[int]
+
+    def drafted(self, tree: TokenTree) -> list[int]:
+        tokens = np.array(self.alphabet)[tree.tokens % len(self.alphabet)]
+        return self.form.draft(TokenTree(tokens, tree.parents, tree.scores))
+
+    def grammar(self, name: str) -> Any:
+        """A grammar like that of request ``name``."""
+        request = self.requests[name]
+        grammar = self.manager._create_grammar(request)
+        assert grammar.accept_tokens(name, self.committed[name])
+        return grammar
+
+
+def encode(manager: Any, text: str) -> list[int]:
+    tokens: list[int] = manager.tokenizer.encode(text, add_special_tokens=False)
+    return tokens
+
+
+def structured_request(manager: Any, name: str, backend: str) -> Request:
+    constraint = StructuredOutputsParams(regex=REGEX)
+    constraint._backend = backend
+    request = Request(
+        request_id=name,
+        prompt_token_ids=[5, 6],
+        sampling_params=SamplingParams(max_tokens=64, structured_outputs=constraint),
+        pooling_params=None,
+    )
+    request.sampling_params._all_stop_token_ids = {manager.tokenizer.eos_token_id}
+    manager._use_async_grammar_compilation = False  # or the grammar is not there at once
+    manager.grammar_init(request)
+    return request
+
+
+@pytest.fixture(scope="module")
+def tree_config() -> VllmConfig:
+    return _config(method="subspec", num_speculative_tokens=NODES)
+
+
+@pytest.fixture(scope="module", params=["xgrammar", "guidance"])
+def constrained(request: pytest.FixtureRequest, form: Form, tree_config: VllmConfig) -> Constrained:
+    manager = form.manager(tree_config)
+    alphabet = [token for letter in "abcde" for token in encode(manager, letter)]
+    alphabet.append(manager.tokenizer.eos_token_id)
+    committed = {
+        name: encode(manager, text)
+        for name, text in {"p": "", "q": "ab", "r": "abc", "s": "ba"}.items()
+    }
+    requests = {name: structured_request(manager, name, request.param) for name in committed}
+    for name, tokens in committed.items():
+        assert manager.accept_tokens(requests[name], tokens)
+    requests["free"] = _request("free", [5, 6])
+    return Constrained(form, manager, requests, committed, alphabet)
+
+
+def shaped(tokens: list[int], parents: list[int]) -> TokenTree:
+    return TokenTree(np.array(tokens), np.array(parents), np.full(len(tokens), 0.5))
+
+
+def tree_paths(parents: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
+    paths: list[list[int]] = []
+    for parent, token in zip(parents, tokens, strict=True):
+        paths.append([*(paths[parent] if parent >= 0 else []), token])
+    return paths
+
+
+def mask_after(grammar: Any, path: list[int], words: int) -> list[int]:
+    mask = torch.full((1, words), -1, dtype=torch.int32)
+    assert all(grammar.accept_tokens("", [token]) for token in path)
+    if not grammar.is_terminated():
+        grammar.fill_bitmask(mask, 0)
+    return mask[0].tolist()
+
+
+@QUIET
+@settings(deadline=None)  # grammars are compiled within
+@given(st.data())
+def test_a_mixed_batch_is_validated_and_masked(
+    constrained: Constrained, data: st.DataObject
+) -> None:
+    """Trees, chains that know they are, plain lists, empty drafts, none, and unconstrained rows."""
+    manager, form = constrained.manager, constrained.form
+    scheduled: dict[str, list[int]] = {}
+    parents: dict[str, list[int]] = {}
+    for name, request in constrained.requests.items():
+        kind = data.draw(st.sampled_from(["tree", "chain", "plain", "absent"]), label=name)
+        tree = data.draw(token_trees(most=NODES))
+        if kind != "tree":
+            tree = TokenTree.chain(tree.tokens, np.full(len(tree), 0.5))
+        drafts = constrained.drafted(tree)
+        if kind == "absent":
+            continue
+        paths = tree_paths(tree.parents.tolist(), drafts)
+        kept = manager.validate_tokens(request, list(drafts) if kind == "plain" else drafts)
+        valid = list(range(len(paths)))
+        if name != "free":
+            grammar = constrained.grammar(name)
+            valid = [i for i, path in enumerate(paths) if grammar.validate_tokens(path) == path]
+        assert kept == [drafts[i] for i in valid]
+        if kind == "plain":
+            parents[name] = list(range(-1, len(kept) - 1))
+        else:
+            assert type(kept) is type(drafts)
+            parents[name] = form.parents(kept)
+            assert tree_paths(parents[name], kept) == [paths[i] for i in valid]
+        scheduled[name] = kept
+    ids = data.draw(st.permutations([name for name in constrained.requests if name != "free"]))
+    masks = manager.grammar_bitmask(constrained.requests, ids, scheduled)
+    words = masks.shape[1]
+    expected = [
+        mask_after(constrained.grammar(name), path, words)
+        for name in ids
+        for path in [[], *tree_paths(parents.get(name, []), scheduled.get(name, []))]
+    ]
+    assert masks.tolist() == expected
+    for name in ids:  # the grammars are where they were
+        grammar = constrained.requests[name].structured_output_request.grammar
+        assert mask_after(grammar, [], words) == mask_after(constrained.grammar(name), [], words)
+
+
+@QUIET
+def test_an_unexpected_token_takes_its_parents_mask(constrained: Constrained) -> None:
+    a, b, _, d, e, end = constrained.alphabet
+    tree = shaped([a, end, b, d, e], [-1, -1, 0, 1, 1])
+    drafts = constrained.form.draft(tree)
+    masks = constrained.manager.grammar_bitmask(constrained.requests, ["q"], {"q": drafts})
+    paths: list[list[int]] = [[], [a], [], [a, b], [], []]  # the end is not allowed after "ab"
+    words = masks.shape[1]
+    assert masks.tolist() == [mask_after(constrained.grammar("q"), path, words) for path in paths]
+
+
+@QUIET
+def test_no_structured_request_no_mask(constrained: Constrained) -> None:
+    scheduled = {"free": constrained.form.draft(shaped([1, 2], [-1, -1]))}
+    assert constrained.manager.grammar_bitmask(constrained.requests, [], scheduled) is None
+
+
+class Thinker:
+    """A reasoning parser: reasoning lasts until the token of `THOUGHT`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        (self.end,) = tokenizer.encode(THOUGHT, add_special_tokens=False)
+
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        return self.end in input_ids
+
+    def is_reasoning_end_streaming(
+        self, input_ids: Sequence[int], delta_ids: Sequence[int]
+    ) -> bool:
+        return self.end in delta_ids
+
+
+@QUIET
+@pytest.mark.parametrize("thought", [0, 1, 2, None])
+def test_a_tree_is_a_chain_until_reasoning_ends(
+    form: Form, tree_config: VllmConfig, thought: int | None
+) -> None:
+    manager = form.manager(tree_config)
+    manager.reasoner_cls = Thinker
+    request = structured_request(manager, "r", "xgrammar")
+    (end,) = encode(manager, THOUGHT)
+    a, b, c, d = (encode(manager, letter)[0] for letter in "abcd")
+    # Once in the grammar, "a" and "b" are valid and "d" is not.
+    best = [d, d, a, b, d] if thought is None else [*[d] * thought, end, a, b, d]
+    tokens = [best[0], c, *best[1:]]
+    parents = [-1, -1, 0, *range(2, len(best))]
+    tree = shaped(tokens, parents)
+    expected = manager.validate_tokens(request, best)
+    assert expected == (best if thought is None else best[:-1])
+    kept = manager.validate_tokens(request, form.draft(tree))
+    assert kept == expected
+    assert form.parents(kept) == list(range(-1, len(kept) - 1))
+    masks = manager.grammar_bitmask({"r": request}, ["r"], {"r": kept}).copy()
+    expected_masks = manager.grammar_bitmask({"r": request}, ["r"], {"r": expected})
+    assert masks.tolist() == expected_masks.tolist()
+
+    assert manager.accept_tokens(request, [end])
+    tree = shaped([a, b, d, c], [-1, -1, -1, 1])
+    kept = manager.validate_tokens(request, form.draft(tree))
+    assert kept == [a, b, c]
+    assert form.parents(kept) == [-1, -1, 1]

@@ -11,15 +11,21 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.utils import cpu_triton_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 from vllm.v1.sample.ops import topk_topp_sampler
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.grammar_walk import best_path, fill_masks, valid_nodes
 from vllm_subspec.engine.failure import FailedOutput, fail_requests
 
 _MARK = "_vllm_subspec_patch"
@@ -27,7 +33,15 @@ _MARK = "_vllm_subspec_patch"
 
 def apply() -> None:
     """Apply every patch that is not yet in force."""
-    for patch in (_lookahead, _expand_kernel, _cpu_generators, _failed_steps, _no_rows):
+    patches = (
+        _lookahead,
+        _expand_kernel,
+        _cpu_generators,
+        _failed_steps,
+        _no_rows,
+        _tree_grammar,
+    )
+    for patch in patches:
         patch()
 
 
@@ -151,3 +165,67 @@ def _no_rows() -> None:
         return apply_top_k_only
 
     _replace(topk_topp_sampler, "apply_top_k_only", make)
+
+
+def _tree_grammar() -> None:
+    """patches/0006: a grammar follows each path of a token tree.
+
+    Chains, also those that are drafted as trees, stay vLLM's own matter.
+    """
+
+    def validate(original: Any) -> Any:
+        @functools.wraps(original)
+        def validate_tokens(
+            self: StructuredOutputManager, request: Request, spec_tokens: list[int]
+        ) -> list[int]:
+            if not isinstance(spec_tokens, DraftTokens):
+                rest: list[int] = original(self, request, spec_tokens)
+                return rest
+            drafts = spec_tokens
+            if request.use_structured_output and not drafts.tree.is_chain:
+                if self._get_constraint_bounds(request, ()).constraint_start == 0:
+                    grammar = request.structured_output_request.grammar
+                    return drafts.select(valid_nodes(drafts.tree, grammar, request.request_id))
+                # Still reasoning: where the grammar begins is found in a single path only.
+                drafts = drafts.select(best_path(drafts.tree))
+            # A plain list goes in, as vLLM also takes its end, and a plain prefix of it comes out.
+            return drafts[: len(original(self, request, list(drafts)))]
+
+        return validate_tokens
+
+    def bitmask(original: Any) -> Any:
+        @functools.wraps(original)
+        def grammar_bitmask(
+            self: StructuredOutputManager,
+            requests: dict[str, Request],
+            structured_output_request_ids: list[str],
+            scheduled_spec_decode_tokens: dict[str, list[int]],
+        ) -> npt.NDArray[np.int32] | None:
+            scheduled = scheduled_spec_decode_tokens
+            trees = {
+                name: drafts.tree
+                for name, drafts in scheduled.items()
+                if isinstance(drafts, DraftTokens) and not drafts.tree.is_chain
+            }
+            # Of a draft that is all padding vLLM lays out the rows and asks the grammar nothing.
+            plain = {
+                name: [-1] * len(drafts) if name in trees else list(drafts)
+                for name, drafts in scheduled.items()
+            }
+            masks: npt.NDArray[np.int32] | None = original(
+                self, requests, structured_output_request_ids, plain
+            )
+            end = 0
+            for name in structured_output_request_ids:
+                start, end = end, end + 1 + len(scheduled.get(name, ()))
+                if name in trees:
+                    # Its root is constrained, or `validate_tokens` had cut it to a chain.
+                    grammar = requests[name].structured_output_request.grammar
+                    rows = torch.from_numpy(masks)[start:end]
+                    fill_masks(trees[name], grammar, name, rows)
+            return masks
+
+        return grammar_bitmask
+
+    _replace(StructuredOutputManager, "validate_tokens", validate)
+    _replace(StructuredOutputManager, "grammar_bitmask", bitmask)

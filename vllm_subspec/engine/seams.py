@@ -38,6 +38,32 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "model_runner_output",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
+    "vllm.v1.structured_output:StructuredOutputManager.validate_tokens": (
+        "request",
+        "spec_tokens",
+    ),
+    "vllm.v1.structured_output:StructuredOutputManager.grammar_bitmask": (
+        "requests",
+        "structured_output_request_ids",
+        "scheduled_spec_decode_tokens",
+    ),
+    "vllm.v1.structured_output:StructuredOutputManager._get_constraint_bounds": (
+        "request",
+        "spec_tokens",
+    ),
+    "vllm.v1.structured_output:ConstraintBounds": ("constraint_start",),
+    "vllm.v1.structured_output.request:StructuredOutputRequest.grammar": None,
+    "vllm.v1.structured_output.backend_types:StructuredOutputGrammar.accept_tokens": (
+        "request_id",
+        "tokens",
+    ),
+    "vllm.v1.structured_output.backend_types:StructuredOutputGrammar.validate_tokens": ("tokens",),
+    "vllm.v1.structured_output.backend_types:StructuredOutputGrammar.rollback": ("num_tokens",),
+    "vllm.v1.structured_output.backend_types:StructuredOutputGrammar.is_terminated": (),
+    "vllm.v1.structured_output.backend_types:StructuredOutputGrammar.fill_bitmask": (
+        "bitmask",
+        "batch_index",
+    ),
     "vllm.v1.outputs:ModelRunnerOutput": ("req_ids", "req_id_to_index", "sampled_token_ids"),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc",
