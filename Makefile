@@ -7,7 +7,7 @@ VENV_PYTHON := .venv/bin/python
 FAST := environment="$$($(VENV_PYTHON) scripts/cpu_env.py)" && eval "$$environment" &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench clean
+.PHONY: help setup test lint soak demo bench clean
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ lint: setup  ## style, formatting and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+soak: setup  ## 10,000 random requests with trees against none, in bounded time
+	@$(FAST) $(VENV_PYTHON) -m tests.soak $(ARGS)
 
 demo: setup  ## stream a model from disk with and without SubSpec, side by side
 	@$(FAST) $(VENV_PYTHON) -m benchmarks.demo $(ARGS)

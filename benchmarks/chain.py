@@ -58,7 +58,8 @@ def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
         "resident_weights_gib": 0,
         "bits": bits,
         "store_dir": str(BUILD / "stores"),
-        "num_speculative_tokens": args.depth,
+        "branching": 1,
+        "depth": args.depth,
         "ring_layers": args.ring_layers,
     }
     session = Session(model, {k: v for k, v in options.items() if v is not None}, dtype=dtype)
@@ -93,11 +94,11 @@ def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
                 "subspec_tokens_per_second": subspec.tokens_per_second,
                 "tau": subspec.tau,
                 "compared_tokens": len(plain.tokens),
-                **_first_difference(plain.tokens, subspec.tokens, plain.margins),
+                **first_difference(plain.tokens, subspec.tokens, plain.margins),
             }
         )
-    plain_speed = _harmonic([r["plain_tokens_per_second"] for r in rows])
-    speed = _harmonic([r["subspec_tokens_per_second"] for r in rows])
+    plain_speed = harmonic([r["plain_tokens_per_second"] for r in rows])
+    speed = harmonic([r["subspec_tokens_per_second"] for r in rows])
     reader = sorted(bandwidths)[len(bandwidths) // 2]
     tau = rounds["emitted_tokens"] / rounds["rounds"]
     stream = plan["store_bytes"] / reader
@@ -130,7 +131,7 @@ def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _first_difference(
+def first_difference(
     plain: list[int], subspec: list[int], margins: list[float]
 ) -> dict[str, float | None]:
     """Where two answers part, and how far apart the two best tokens are there; None: nowhere."""
@@ -139,7 +140,7 @@ def _first_difference(
     return {"first_difference": at, "margin_there": None if at is None else margins[at]}
 
 
-def _harmonic(speeds: list[float]) -> float:
+def harmonic(speeds: list[float]) -> float:
     return len(speeds) / sum(1 / s for s in speeds)
 
 

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Random requests, with token trees and without speculation: not one token may differ.
+
+    python -m tests.soak [--requests 10000] [--minutes 12] [--seed 0]
+
+Short prompts with common prefixes, greedy and sampled (with seeds: then sampled text is a fixed
+function of the prompt too), all the sampling parameters, structured output, stop strings, tiny
+batches, few KV blocks (preemption), a token budget that cuts trees, aborts at random moments; from
+round to round another branching, depth and pruning. float32. An aborted request must have emitted
+a prefix of its answer. Ends with status 1 at the first difference.
+"""
+
+import argparse
+import gc
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tqdm import tqdm
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+MODEL = Path(__file__).resolve().parents[1] / "models" / "pystd-1m"
+ENGINE: dict[str, Any] = {
+    "model": str(MODEL),
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "block_size": 32,
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 96,
+    "kv_cache_memory_bytes": 64 << 20,
+    "num_gpu_blocks_override": 24,  # less than a full batch may want
+    "seed": 0,
+    "use_tqdm_on_load": False,
+}
+SUBSPEC = {
+    "method": "subspec",
+    "bits": 2,
+    "quantizer": "rtn",
+    "resident_weights_gib": 0,
+    "branching": 6,
+    "depth": 24,
+    "num_speculative_tokens": 40,
+}
+GRAMMARS: list[dict[str, Any]] = [
+    {"regex": r"[a-z_]{1,12} = [0-9]{1,6}(\.[0-9]{1,4})?"},
+    {"choice": ["return None", "return self", "raise ValueError"]},
+    {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+]
+PIECES = [
+    "def ", "import os\n", "class A:\n    ", "self.x = ", "return ", "if a is None:\n", "for i in ",
+    "x = [0, 0, 0, ", "    raise ValueError(", "try:\n    ", "with open(path) as f:\n", "# the ",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    prompt: list[int]
+    params: SamplingParams
+    steps: int | None
+    """Aborted after so many engine steps; None: never."""
+
+
+def requests(count: int, seed: int, tokenizer: Any) -> list[Asked]:
+    rng = random.Random(seed)
+    made = []
+    for number in range(count):
+        prompt = tokenizer.encode("".join(rng.choices(PIECES, k=rng.randint(1, 24))))
+        aborted = rng.randint(1, 12) if rng.random() < 0.05 else None
+        made.append(Asked(prompt[:160], parameters(rng, number, tokenizer), aborted))
+    return made
+
+
+def parameters(rng: random.Random, number: int, tokenizer: Any) -> SamplingParams:
+    def sometimes(share: float, name: str, value: Any) -> dict[str, Any]:
+        return {name: value} if rng.random() < share else {}
+
+    given: dict[str, Any] = {"temperature": 0.0, "max_tokens": rng.randint(1, 28)}
+    if rng.random() < 0.6:
+        given |= {"temperature": rng.choice([0.2, 0.6, 1.0, 1.5]), "seed": number}
+        given |= sometimes(0.3, "top_k", rng.choice([1, 3, 50]))
+        given |= sometimes(0.3, "top_p", rng.choice([0.1, 0.7, 0.95]))
+    given |= sometimes(0.15, "presence_penalty", rng.uniform(-1, 2))
+    given |= sometimes(0.15, "frequency_penalty", rng.uniform(-1, 2))
+    given |= sometimes(0.15, "repetition_penalty", rng.uniform(0.8, 1.5))
+    given |= sometimes(0.1, "bad_words", [" self", "0, 0", "None"])
+    given |= sometimes(0.1, "stop", ["\n\n", "self."])
+    given |= sometimes(0.1, "min_tokens", rng.randint(1, given["max_tokens"]))
+    given |= sometimes(0.1, "stop_token_ids", tokenizer.encode(" 0:")[-2:])
+    given |= sometimes(0.05, "allowed_token_ids", list(range(3, 900)))
+    given |= sometimes(0.5, "ignore_eos", True)
+    if rng.random() < 0.06:
+        given["structured_outputs"] = StructuredOutputsParams(**rng.choice(GRAMMARS))
+    return SamplingParams(**given)
+
+
+class Engine:
+    """An engine that answers requests, some of which are aborted."""
+
+    def __init__(self, speculative: dict[str, Any] | None) -> None:
+        self.llm = LLM(**ENGINE, speculative_config=speculative)
+
+    def answer(self, asked: Sequence[Asked]) -> list[tuple[tuple[int, ...], bool]]:
+        """Of each request its tokens, and whether it ended by itself."""
+        engine = self.llm.llm_engine
+        for i, request in enumerate(asked):
+            engine.add_request(str(i), {"prompt_token_ids": request.prompt}, request.params)
+        answers: list[tuple[tuple[int, ...], bool]] = [((), False)] * len(asked)
+        step = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens = tuple(output.outputs[0].token_ids)
+                answers[int(output.request_id)] = (tokens, output.finished)
+            step += 1
+            due = [str(i) for i, request in enumerate(asked) if request.steps == step]
+            if due:
+                engine.abort_request(due)
+        return answers
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def differs(plain: tuple[tuple[int, ...], bool], drafted: tuple[tuple[int, ...], bool]) -> bool:
+    """Whether two answers contradict each other: one may be a part of the other only if it, or
+    the other, was aborted."""
+    (a, a_ended), (b, b_ended) = plain, drafted
+    if a_ended and b_ended:
+        return a != b
+    short, long = sorted((a, b), key=len)
+    return long[: len(short)] != short or (a_ended and len(b) > len(a))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=12.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wave", type=int, default=24, help="requests that are sent at once")
+    args = parser.parse_args()
+    ends = time.monotonic() + 60 * args.minutes
+
+    engine = Engine(None)
+    made = requests(args.requests, args.seed, engine.llm.get_tokenizer())
+    waves = [made[i : i + args.wave] for i in range(0, len(made), args.wave)]
+    plain = []
+    half = time.monotonic() + 0.3 * (ends - time.monotonic())
+    for wave in tqdm(waves, desc="without speculation", unit="wave"):
+        if time.monotonic() > half:
+            break
+        plain.append(engine.answer(wave))
+    engine.close()
+
+    rng = random.Random(args.seed)
+    compared = emitted = 0
+    with tempfile.TemporaryDirectory() as store:
+        engine = Engine({**SUBSPEC, "store_dir": store})
+        pairs = list(zip(waves, plain, strict=False))
+        for wave, expected in tqdm(pairs, desc="token trees", unit="wave"):
+            if time.monotonic() > ends:
+                break
+            way = {
+                "branching": rng.choice([1, 2, 3, 6]),
+                "depth": rng.choice([1, 3, 8, 24]),
+                "pruning": rng.choice(["dynamic", "none"]),
+            }
+            engine.llm.collective_rpc("set_drafting", kwargs=way)
+            for request, a, b in zip(wave, expected, engine.answer(wave), strict=True):
+                compared += 1
+                emitted += len(b[0])
+                if differs(a, b):
+                    print(f"DIFFERENT with {way}: {request}\n{a}\n{b}", file=sys.stderr)
+                    return 1
+        stats = engine.llm.collective_rpc("drafting_stats")[0]
+        engine.close()
+    tau = stats["emitted_tokens"] / max(1, stats["request_rounds"])
+    print(f"{compared} requests, {emitted} tokens, no difference; tau {tau:.2f} in full batches")
+    if compared < args.requests:
+        print(f"the time of {args.minutes:g} minutes ended before all {args.requests} requests")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
