@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.triton_utils import HAS_TRITON
@@ -131,6 +132,7 @@ def test_applying_twice_changes_nothing() -> None:
                 (Scheduler, "update_from_output"),
                 (StructuredOutputManager, "validate_tokens"),
                 (StructuredOutputManager, "grammar_bitmask"),
+                (SamplingParams, "_validate_spec_decode"),
             )
         ]
 
@@ -595,3 +597,25 @@ def test_a_tree_is_a_chain_until_reasoning_ends(
     kept = manager.validate_tokens(request, form.draft(tree))
     assert kept == [a, b, c]
     assert form.parents(kept) == [-1, -1, 1]
+
+
+# 0007
+
+
+@pytest.mark.parametrize("params", [{"min_p": 0.2}, {"logit_bias": {5: 1.0}}])
+def test_parameters_are_served_where_our_proposer_drafts(params: dict[str, Any]) -> None:
+    asked = SamplingParams(temperature=1.0, **params)
+    ours = _config(method="subspec", num_speculative_tokens=DRAFTS).speculative_config
+    ngram = _config(method="ngram", num_speculative_tokens=DRAFTS, prompt_lookup_max=2)
+    asked._validate_spec_decode(None)
+    asked._validate_spec_decode(ours)
+    with pytest.raises(VLLMValidationError, match="not yet supported"):
+        asked._validate_spec_decode(ngram.speculative_config)
+
+
+def test_thinking_budgets_are_refused_where_our_proposer_drafts() -> None:
+    asked = SamplingParams(thinking_token_budget=9)
+    ours = _config(method="subspec", num_speculative_tokens=DRAFTS).speculative_config
+    asked._validate_spec_decode(None)
+    with pytest.raises(VLLMValidationError, match="thinking_token_budget from the request"):
+        asked._validate_spec_decode(ours)

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.utils import cpu_triton_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,7 +28,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.grammar_walk import best_path, fill_masks, valid_nodes
+from vllm_subspec.engine import refusals
 from vllm_subspec.engine.failure import FailedOutput, fail_requests
+from vllm_subspec.engine.method import PROPOSER
 
 _MARK = "_vllm_subspec_patch"
 
@@ -40,6 +44,7 @@ def apply() -> None:
         _failed_steps,
         _no_rows,
         _tree_grammar,
+        _sampling_parameters,
     )
     for patch in patches:
         patch()
@@ -229,3 +234,21 @@ def _tree_grammar() -> None:
 
     _replace(StructuredOutputManager, "validate_tokens", validate)
     _replace(StructuredOutputManager, "grammar_bitmask", bitmask)
+
+
+def _sampling_parameters() -> None:
+    """patches/0007: `min_p` and `logit_bias` are served where the target's own sampler verifies."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def _validate_spec_decode(
+            self: SamplingParams, speculative_config: SpeculativeConfig | None
+        ) -> None:
+            if speculative_config is None or speculative_config.model != PROPOSER:
+                original(self, speculative_config)
+            elif reason := refusals.of_request(self):
+                raise VLLMValidationError(reason)
+
+        return _validate_spec_decode
+
+    _replace(SamplingParams, "_validate_spec_decode", make)

@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The target's own sampler, asked once for every root and every node of a pass.
 
-Each is sampled as if its path had been emitted: penalties and bad words count the path's tokens,
-`min_tokens` counts its length, and the seed is that of the token's place in the text. So the sample
-at a node is the very token that would be emitted after it without speculation.
+Each is sampled as if its path had been emitted, by all sampling parameters: penalties and bad words
+count the path's tokens, `min_tokens` counts its length, and the seed is that of the token's place in
+the text. So the sample at a node is the very token that would be emitted after it without
+speculation.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from vllm.config import VllmConfig
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import (
     BatchUpdate,
+    LogitBiasLogitsProcessor,
+    LogitsProcessor,
     LogitsProcessors,
     MinTokensLogitsProcessor,
 )
@@ -39,6 +42,9 @@ class NodeMetadata(SamplingMetadata):
 
     seeds: Tensor | None = None
     """[m] int64 of each row's noise (`core.noise`); None if every row is greedy."""
+    min_p: Tensor | None = None
+    """[m, 1] share of the likeliest token's probability below which a token is never sampled; None
+    if no request has any."""
 
 
 def by_node(
@@ -88,8 +94,9 @@ def by_node(
         logprob_token_ids=wanted
         and {i: wanted[owner] for i, owner in enumerate(owners) if owner in wanted},
         spec_token_ids=None,
-        logitsprocs=_min_tokens(requests, owners, texts, config, device),
+        logitsprocs=_processors(requests, owners, texts, config, device),
         seeds=seeds,
+        min_p=_min_p(requests, index),
     )
     return NodeMetadata(**given)
 
@@ -109,25 +116,38 @@ def _misses_min_tokens(request: Any) -> bool:
     return len(request.output_token_ids) < request.sampling_params.min_tokens
 
 
-def _min_tokens(
+def _processors(
     requests: Sequence[Any],
     owners: np.ndarray,
     texts: list[list[int]],
     config: VllmConfig,
     device: torch.device,
 ) -> LogitsProcessors:
-    """vLLM's processor of ``min_tokens``, as of a batch that has a request for every row. It is
-    the only one there is: vLLM refuses the others beside speculation."""
-    added = [
-        (row, requests[owner].sampling_params, None, texts[row])
-        for row, owner in enumerate(owners)
-        if _misses_min_tokens(requests[owner])
+    """vLLM's processors of ``min_tokens`` and ``logit_bias``, in its order, as of a batch that has
+    a request for every row."""
+    wanted: list[tuple[type[LogitsProcessor], list[bool]]] = [
+        (MinTokensLogitsProcessor, [_misses_min_tokens(request) for request in requests]),
+        (LogitBiasLogitsProcessor, [bool(r.sampling_params.logit_bias) for r in requests]),
     ]
-    if not added:
-        return LogitsProcessors()
-    processor = MinTokensLogitsProcessor(config, device, False)
-    processor.update_state(BatchUpdate(owners.size, removed=[], added=added, moved=[]))
-    return LogitsProcessors([processor])
+    processors = []
+    for kind, asks in wanted:
+        if any(asks):
+            added = [
+                (row, requests[owner].sampling_params, None, texts[row] if texts else [])
+                for row, owner in enumerate(owners)
+                if asks[owner]
+            ]
+            processor = kind(config, device, False)
+            processor.update_state(BatchUpdate(owners.size, removed=[], added=added, moved=[]))
+            processors.append(processor)
+    return LogitsProcessors(processors)
+
+
+def _min_p(requests: Sequence[Any], owners: Tensor) -> Tensor | None:
+    shares = [request.sampling_params.min_p for request in requests]
+    if not any(shares):
+        return None
+    return torch.tensor(shares, device=owners.device)[owners].unsqueeze(1)
 
 
 class NodeSampler(Sampler):
@@ -147,6 +167,10 @@ class NodeSampler(Sampler):
         logits = self.apply_temperature(
             logits, sampling_metadata.temperature, sampling_metadata.all_random
         )
+        if (min_p := sampling_metadata.min_p) is not None:
+            probabilities = torch.softmax(logits, dim=-1)
+            least = probabilities.amax(dim=-1, keepdim=True) * min_p
+            logits = logits.masked_fill(probabilities < least, -torch.inf)
         logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
         sampled = torch.where(sampling_metadata.temperature < 1e-5, greedy, _draw(logits, seeds))
         mode = logprobs_mode_override or self.logprobs_mode

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
 
 
 def check(args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
@@ -16,6 +17,16 @@ def check(args: EngineArgs, model_config: ModelConfig, parallel_config: Parallel
     for wrong, reason in _reasons(args, model_config, parallel_config):
         if wrong:
             raise ValueError(f'method "subspec" {reason}')
+
+
+def of_request(params: SamplingParams) -> str | None:
+    """Why a request cannot be served; None if it can."""
+    if params.thinking_token_budget is not None:
+        return (
+            'method "subspec" does not count thinking tokens along a draft: remove '
+            "thinking_token_budget from the request, or serve it without speculation"
+        )
+    return None
 
 
 def _reasons(
@@ -80,6 +91,10 @@ def _reasons(
     yield (
         model.is_moe,
         "does not stream mixture-of-experts layers yet: use a dense model",
+    )
+    yield (
+        getattr(model, "rswa_window", None) is not None,
+        "has not been tested with reference sliding-window attention: use another model",
     )
     yield (
         model.get_sliding_window() is not None,
