@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Engines, prompts and counters that the engine tests share."""
 
+import copy
 import gc
 import inspect
 import json
@@ -16,7 +17,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm import _custom_ops as ops
 from vllm.tokenizers import get_tokenizer
 
-from vllm_subspec.core.cost import DepthController
+from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.plan import MemoryPlan
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "pystd-6m"
@@ -36,14 +37,18 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # Rounded to 2 bits this model's drafts are often wrong: acceptance and rejection both happen.
-# Every layer streams from disk.
+# Every layer streams from disk. Nothing is pruned: what is drafted does not depend on the clock.
 ROUGH: dict[str, Any] = {
     "method": "subspec",
     "bits": 2,
     "quantizer": "rtn",
-    "num_speculative_tokens": 8,
+    "branching": 3,
+    "depth": 6,
+    "num_speculative_tokens": 16,
+    "pruning": "none",
     "resident_weights_gib": 0,
 }
+CHAIN: dict[str, Any] = {**ROUGH, "branching": 1, "depth": 8, "num_speculative_tokens": 8}
 
 
 def resident_gib(layers: int) -> float:
@@ -69,22 +74,43 @@ class Answer(NamedTuple):
         return cls(tuple(only.token_ids), only.text, only.finish_reason, only.stop_reason)
 
 
-@dataclass(frozen=True)
+@dataclass
 class DraftCounts:
-    drafts: int
-    drafted: int
-    accepted: int
+    """What became of the verified drafts. Most nodes of a tree are rejected in any case, as
+    siblings exclude each other; ``wrong`` and ``moved`` show what can go wrong in a tree."""
+
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    trees: int = 0
+    """Drafts that were no chains."""
+    wrong: int = 0
+    """Drafts that went on where the target's text left them."""
+    moved: int = 0
+    """Drafts whose accepted path was no prefix of them, so that its K/V had to move."""
+    largest: int = 0
+    """Nodes of the largest draft."""
 
     @property
     def rejected(self) -> int:
         return self.drafted - self.accepted
 
+    def add(self, draft: DraftTokens, path: Sequence[int]) -> None:
+        """Counts a draft of which the nodes ``path`` were accepted."""
+        if not len(draft):
+            return
+        self.drafts += 1
+        self.drafted += len(draft)
+        self.accepted += len(path)
+        self.trees += not draft.tree.is_chain
+        self.wrong += (path[-1] if len(path) else -1) in draft.tree.parents
+        self.moved += list(path) != list(range(len(path)))
+        self.largest = max(self.largest, len(draft))
+
     def __sub__(self, earlier: "DraftCounts") -> "DraftCounts":
-        return DraftCounts(
-            self.drafts - earlier.drafts,
-            self.drafted - earlier.drafted,
-            self.accepted - earlier.accepted,
-        )
+        both = vars(self).keys() - {"largest"}
+        less = {name: getattr(self, name) - getattr(earlier, name) for name in both}
+        return DraftCounts(**less, largest=self.largest)
 
 
 class Engines:
@@ -114,6 +140,8 @@ class Engines:
             self.close()
             self._llm = LLM(**given)
             self._key = key
+            if speculative is not None:
+                self._llm.collective_rpc(count_drafts)
         return self._llm
 
     def reference(
@@ -202,22 +230,6 @@ def greedy(max_tokens: int, **settings: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, **{"ignore_eos": True, **settings})
 
 
-class FullDepth(DepthController):
-    """Every draft as deep as allowed: no price on a step or on a token."""
-
-    def begin_round(self, rows: int) -> None:
-        super().begin_round(rows)
-        self._step_price = self._token_price = 0.0
-
-
-def draft_fully(llm: LLM) -> LLM:
-    """Draft as deep as allowed from now on. By itself the depth follows measured times, so that
-    how many drafts there are to reject would depend on the machine."""
-    proposer = worker_of(llm).proposer
-    proposer.drafter.depth = FullDepth(proposer.options.num_speculative_tokens)
-    return llm
-
-
 def memory_plan(llm: LLM) -> MemoryPlan:
     plan: MemoryPlan = worker_of(llm).loading.plan
     return plan
@@ -261,12 +273,43 @@ def metric(llm: LLM, name: str) -> int:
     return int(sum(found))
 
 
+def count_drafts(worker: Any) -> None:
+    """Makes a worker count what it verifies (a `collective_rpc`)."""
+    runner = worker.model_runner
+    sample, runner.draft_counts = runner._sample, DraftCounts()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        done = runner.verification
+        for draft, path in zip(done.drafts, done.walks.paths, strict=True):
+            runner.draft_counts.add(draft, path)
+        return output
+
+    runner._sample = counted
+
+
 def draft_counts(llm: LLM) -> DraftCounts:
-    return DraftCounts(
-        metric(llm, "spec_decode_num_drafts"),
-        metric(llm, "spec_decode_num_draft_tokens"),
-        metric(llm, "spec_decode_num_accepted_tokens"),
-    )
+    """Since the engine's start, and the same as the engine reports."""
+    found: DraftCounts = copy.copy(llm.collective_rpc(_counts_of)[0])
+    assert found.drafts == metric(llm, "spec_decode_num_drafts")
+    assert found.drafted == metric(llm, "spec_decode_num_draft_tokens")
+    assert found.accepted == metric(llm, "spec_decode_num_accepted_tokens")
+    return found
+
+
+def _counts_of(worker: Any) -> DraftCounts:
+    counts: DraftCounts = worker.model_runner.draft_counts
+    return counts
+
+
+def assert_trees_were_tried(counts: DraftCounts, least: int) -> None:
+    """Whether trees were verified, right and wrong ones, and accepted off their first path."""
+    assert min(counts.accepted, counts.trees, counts.wrong, counts.moved) >= least, counts
+
+
+def assert_chains_were_tried(counts: DraftCounts, least: int) -> None:
+    assert not counts.trees
+    assert min(counts.accepted, counts.wrong) >= least, counts
 
 
 def worker_of(llm: LLM) -> Any:

@@ -12,7 +12,8 @@ from vllm_subspec.config import SubspecOptions
 
 def test_defaults() -> None:
     options = SubspecOptions.parse({})
-    assert options.num_speculative_tokens == 48
+    assert options.num_speculative_tokens == 128
+    assert (options.branching, options.depth, options.pruning) == (6, 48, "dynamic")
     assert (options.bits, options.group_size, options.quantizer) == (4, None, None)
     assert options.resident_weights_gib == "auto"
     assert (options.weight_source, options.store_dir, options.ring_layers) == ("auto", None, None)
@@ -24,6 +25,8 @@ def test_defaults() -> None:
     "given",
     [
         {},
+        {"num_speculative_tokens": 512, "branching": 64, "depth": 512, "pruning": "none"},
+        {"num_speculative_tokens": 1, "branching": 1, "depth": 1, "pruning": "dynamic"},
         {"num_speculative_tokens": 128, "bits": 8, "group_size": -1, "quantizer": "rtn"},
         {"resident_weights_gib": 0, "weight_source": "disk", "ring_layers": 2},
         {"resident_weights_gib": 2.5, "draft_temperature": 1, "substitute_layers": [3, 0]},
@@ -49,11 +52,24 @@ def test_frozen() -> None:
     ("key", "value"),
     [
         ("num_speculative_tokens", 0),
-        ("num_speculative_tokens", 129),
+        ("num_speculative_tokens", 513),
         ("num_speculative_tokens", "48"),
         ("num_speculative_tokens", 4.5),
         ("num_speculative_tokens", True),
         ("num_speculative_tokens", None),
+        ("branching", 0),
+        ("branching", 65),
+        ("branching", 1.0),
+        ("branching", "6"),
+        ("branching", True),
+        ("branching", None),
+        ("depth", 0),
+        ("depth", 513),
+        ("depth", "48"),
+        ("pruning", "x"),
+        ("pruning", "Dynamic"),
+        ("pruning", False),
+        ("pruning", None),
         ("bits", 5),
         ("bits", "4"),
         ("bits", [4]),
@@ -101,6 +117,9 @@ def test_impossible_value_is_one_sentence(key: str, value: object) -> None:
     [
         ("bit", "bits"),
         ("num_speculative_token", "num_speculative_tokens"),
+        ("branch", "branching"),
+        ("dept", "depth"),
+        ("prune", "pruning"),
         ("storedir", "store_dir"),
         ("resident_weight_gb", "resident_weights_gib"),
         ("substitute_layer", "substitute_layers"),
@@ -113,7 +132,7 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
 
 
 def test_unknown_key_like_none_lists_the_known() -> None:
-    with pytest.raises(ValueError, match='no key "zzz".*known: num_speculative_tokens, bits'):
+    with pytest.raises(ValueError, match='no key "zzz".*known: num_speculative_tokens, branching'):
         SubspecOptions.parse({"zzz": 1})
 
 

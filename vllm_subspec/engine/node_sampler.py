@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The target's own sampler, asked once for every root and every node of a pass.
 
-Each is sampled as if its path had been emitted, by all sampling parameters: penalties and bad words
-count the path's tokens, `min_tokens` counts its length, and the seed is that of the token's place in
-the text. So the sample at a node is the very token that would be emitted after it without
+Each is sampled as if its path had been emitted, by all sampling parameters: penalties and bad
+words count the path's tokens, `min_tokens` counts its length, and the seed is that of the token's
+place in the text. So the sample at a node is the very token that would be emitted after it without
 speculation.
 """
 
