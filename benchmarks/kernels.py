@@ -10,6 +10,7 @@ more it is wall-clock time, which wants an otherwise idle machine.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from vllm.platforms import current_platform
 
 from benchmarks import report
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
+from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
 from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
 from vllm_subspec.weights.plain_linear import plain_linear, stores_transposed
@@ -35,6 +37,7 @@ Linear = Callable[[Tensor], Tensor]
 
 RESIDENT = "vLLM resident bf16"
 FORMATS = {
+    "own W4A8 g64": (Int4VnniKernel, QuantFormat(4, 64)),
     "torch int4pack g64": (TorchInt4Kernel, QuantFormat(4, 64)),
     "oneDNN W8A8": (OneDnnInt8Kernel, QuantFormat(8, -1, symmetric=True)),
     "vLLM CPUWNA16 g64": (MixedPrecisionKernel, QuantFormat(4, 64)),
@@ -61,6 +64,8 @@ def linears(weight: Tensor) -> dict[str, Linear]:
         "torch int8pack": int8pack(weight),
     }
     for name, (kernel, fmt) in FORMATS.items():
+        if kernel is Int4VnniKernel and not kernel.available(weight.device, weight.dtype):
+            continue
         made[name] = kernel(quantize(weight, fmt, "rtn"), weight.dtype)
     return made
 
@@ -71,6 +76,11 @@ def measure(rows: int, columns: int, tokens: list[int], args: argparse.Namespace
     weights = [torch.randn(rows, columns).bfloat16() / columns**0.5 for _ in range(copies)]
     candidates = [linears(weight) for weight in weights]
     clock = time.thread_time if args.threads == 1 else time.perf_counter
+    held = {
+        name: linear.nbytes
+        for name, linear in candidates[0].items()
+        if isinstance(linear, OneDnnInt8Kernel | Int4VnniKernel | TorchInt4Kernel)
+    }
     result: dict[str, Any] = {"shape": [rows, columns], "tokens": {}}
     for m in tokens:
         x = torch.randn(m, columns).bfloat16()
@@ -97,16 +107,27 @@ def measure(rows: int, columns: int, tokens: list[int], args: argparse.Namespace
             }
             for name in median
         }
-        print(
-            rows, columns, m, {name: v["speed_up"] for name, v in result["tokens"][str(m)].items()}
-        )
+        for name, nbytes in held.items():
+            result["tokens"][str(m)][name]["gb_per_s"] = round(nbytes / median[name] / 1e9, 2)
+        print_rows(rows, columns, m, result["tokens"][str(m)])
     return result
+
+
+def print_rows(rows: int, columns: int, m: int, by_name: dict[str, dict[str, float]]) -> None:
+    """One line per candidate; GB/s are of packed weight."""
+    for name, figures in by_name.items():
+        print(
+            f"{rows} x {columns}, {m:3} tokens  {name:20}{figures['us']:9.1f} us"
+            f"{figures.get('gb_per_s', math.nan):7.1f} GB/s{figures['speed_up']:7.2f} x"
+            f"   error {figures['relative_error']:.4f}",
+            flush=True,
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="2048x2048,2048x6144", help="N x K, comma-separated")
-    parser.add_argument("--tokens", default="1,2,4,8,17,33,65")
+    parser.add_argument("--tokens", default="1,2,4,6,8,17,33,65")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each shape and token count")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels-cpu.json"))

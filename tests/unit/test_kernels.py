@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
 import gc
+import multiprocessing
+import os
+import re
+import shutil
 import socket
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +16,9 @@ from torch import Tensor, nn
 from vllm.platforms import current_platform
 
 from vllm_subspec.weights import kernels
-from vllm_subspec.weights.kernels import SubstituteKernel, choice
+from vllm_subspec.weights.kernels import SubstituteKernel, choice, cpu_int4_vnni, native
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
+from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
 from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
 from vllm_subspec.weights.quantize import quantize
@@ -25,6 +31,14 @@ ROWS_OF_X = (1, 2, 3, 4, 7, 16, 17, 33, 65)
 needs_int8 = pytest.mark.skipif(
     not OneDnnInt8Kernel.available(CPU, torch.float32), reason="this CPU has no VNNI"
 )
+# Not available(): with a compiler a failure to build must fail the tests.
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+HAS_INT4_VNNI = Int4VnniKernel.has_instructions() and COMPILER is not None
+needs_int4_vnni = pytest.mark.skipif(
+    not HAS_INT4_VNNI, reason="this machine has no AVX512-VNNI or no C++ compiler"
+)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="this machine has no C++ compiler")
+CHOSEN_INT4 = Int4VnniKernel if HAS_INT4_VNNI else TorchInt4Kernel
 
 
 def coded(
@@ -65,8 +79,7 @@ def check(
             assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize(
+int4_weights = pytest.mark.parametrize(
     ("rows", "columns", "fmt"),
     [
         (64, 64, QuantFormat(4, 32)),
@@ -83,12 +96,166 @@ def check(
     ],
     ids=str,
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@int4_weights
 def test_int4_computes_with_the_dequantized_weight(
     rows: int, columns: int, fmt: QuantFormat, dtype: torch.dtype
 ) -> None:
     weight = coded(rows, columns, fmt)
     # bfloat16 activations, offsets and (twice) results: the weight itself is exact.
     check(TorchInt4Kernel(weight, dtype), weight, dtype, 0.006)
+
+
+@pytest.fixture(scope="module")
+def int4_vnni() -> type[Int4VnniKernel]:
+    """The kernel, compiled and loaded."""
+    assert Int4VnniKernel.available(CPU, torch.float32)
+    return Int4VnniKernel
+
+
+@needs_int4_vnni
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@int4_weights
+def test_int4_vnni_is_within_the_rounding_of_its_activations(
+    rows: int,
+    columns: int,
+    fmt: QuantFormat,
+    dtype: torch.dtype,
+    int4_vnni: type[SubstituteKernel],
+) -> None:
+    weight = coded(rows, columns, fmt)
+    check(int4_vnni(weight, dtype), weight, dtype, 0.02)
+
+
+@needs_int4_vnni
+@int4_weights
+def test_int4_vnni_is_exact_where_activations_are(
+    rows: int, columns: int, fmt: QuantFormat, int4_vnni: type[SubstituteKernel]
+) -> None:
+    """Whole numbers up to 127 with a 127 in each group of 32 are their own 8-bit codes."""
+    weight = coded(rows, columns, fmt)
+    kernel = int4_vnni(weight, torch.float32)
+    for m in ROWS_OF_X:
+        x = torch.randint(-127, 128, (m, columns)).float()
+        x[:, ::32] = 127
+        assert error(kernel(x), x, weight, None) < 1e-6
+
+
+@needs_int4_vnni
+def test_int4_vnni_takes_extreme_codes(int4_vnni: type[SubstituteKernel]) -> None:
+    codes = torch.full((32, 4096), 15, dtype=torch.uint8)
+    zeros = torch.zeros(32, 1, dtype=torch.uint8)
+    codes[1], zeros[1] = 0, 15
+    weight = QuantizedWeight(codes, torch.ones(32, 1), zeros, QuantFormat(4, -1))
+    for sign in (1, -1):
+        out = int4_vnni(weight, torch.float32)(torch.full((2, 4096), 1e30 * sign))
+        torch.testing.assert_close(out[:, 0], torch.full((2,), 15e30 * 4096 * sign))
+        torch.testing.assert_close(out[:, 1], torch.full((2,), -15e30 * 4096 * sign))
+
+
+@needs_int4_vnni
+def test_int4_vnni_result_of_a_token_does_not_depend_on_its_batch(
+    int4_vnni: type[SubstituteKernel],
+) -> None:
+    kernel = int4_vnni(coded(256, 512, QuantFormat(4, 64)), torch.bfloat16)
+    x = (torch.randn(70, 512) * torch.logspace(-2, 2, 70).unsqueeze(1)).bfloat16()
+    x[3] = 0
+    alone = torch.cat([kernel(row) for row in x.split(1)])
+    assert not alone[3].any()
+    for m in range(1, 71):
+        assert torch.equal(kernel(x[:m]), alone[:m])
+        assert torch.equal(kernel(x[70 - m :]), alone[70 - m :])
+
+
+@needs_int4_vnni
+def test_int4_vnni_takes_any_input(int4_vnni: type[SubstituteKernel]) -> None:
+    """Activations, bias and output of different dtypes; a view; no token at all."""
+    kernel = int4_vnni(coded(70, 128, QuantFormat(4, 64)), torch.bfloat16)
+    x, bias = torch.randn(5, 256), torch.randn(70)
+    half = x[:, 64:192]
+    expected = kernel(half.contiguous(), bias.bfloat16())
+    assert torch.equal(kernel(half, bias), expected)
+    assert kernel(x[:0, :128]).shape == (0, 70)
+    with pytest.raises(RuntimeError, match="256 columns"):
+        kernel(x)
+
+
+def counting_compiler(folder: Path) -> Path:
+    """A compiler that writes a line to ``folder``/compiled for each library it makes."""
+    script = folder / "compiler"
+    script.write_text(
+        f'''#!/bin/sh
+case "$*" in *" -o "*) echo made >> "{folder}/compiled"; sleep 0.3;; esac
+exec "{COMPILER}" "$@"
+'''
+    )
+    script.chmod(0o755)
+    return script
+
+
+@needs_compiler
+def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(counting_compiler(tmp_path)))
+    source, folder = tmp_path / "answer.cpp", tmp_path / "cache"
+    source.write_text("int answer() { return 42; }")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=native.build, args=(source, folder)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    library = native.build(source, folder)
+    assert list(folder.glob("*.so")) == [library]
+    assert not list(folder.glob("*.tmp"))
+    assert (tmp_path / "compiled").read_text() == "made\n"
+    source.write_text("int answer() { return 43; }")
+    assert native.build(source, folder) != library
+    assert native.build(source, folder, ["-O0"]) not in (library, native.build(source, folder))
+
+
+@needs_compiler
+def test_a_failed_build_leaves_nothing_and_names_the_error(tmp_path: Path) -> None:
+    source, folder = tmp_path / "broken.cpp", tmp_path / "cache"
+    source.write_text("int answer() { return nothing; }")
+    with pytest.raises(native.BuildError, match="failed: .*broken.cpp:1.* error: .*nothing"):
+        native.build(source, folder)
+    assert not [*folder.glob("*.so"), *folder.glob("*.tmp")]
+    source.write_text("int absent(); int answer() { return absent(); }")
+    with pytest.raises(native.BuildError, match="cannot be loaded: .*absent"):
+        native.load(source, folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(native.BuildError, match="file cannot hold it"):
+        native.build(source, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("failure", "cause"),
+    [
+        ("no compiler", "no C\\+\\+ compiler: /nonexistent"),
+        pytest.param("wrong results", "wrong results on this CPU", marks=needs_int4_vnni),
+    ],
+)
+def test_without_its_kernel_int4_falls_back_and_says_why(
+    failure: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        cpu_int4_vnni.logger, "warning", lambda text, *args: lines.append(text % args)
+    )
+    monkeypatch.setattr(Int4VnniKernel, "has_instructions", lambda: True)
+    monkeypatch.setattr(cpu_int4_vnni, "_ready", cpu_int4_vnni._ready.__wrapped__)
+    if failure == "no compiler":
+        monkeypatch.setenv("CXX", "/nonexistent")
+    else:
+        monkeypatch.setattr(
+            Int4VnniKernel, "forward", lambda self, x: torch.zeros(len(x), self.rows)
+        )
+    assert kernels.choose(4, None, CPU, torch.bfloat16)[0] is TorchInt4Kernel
+    assert len(lines) == 1
+    assert re.search(f"torch int4pack .*{cause}", lines[0])
 
 
 @needs_int8
@@ -196,6 +363,8 @@ def test_kernel_chosen_on_cuda(bits: int, dtype: torch.dtype) -> None:
         (TorchInt4Kernel, QuantFormat(4, 64), 64, 100, "does not divide its 100 columns"),
         (TorchInt4Kernel, QuantFormat(4, 48), 64, 96, "no multiple of 32"),
         (TorchInt4Kernel, QuantFormat(4, -1), 64, 100, "no multiple of 32"),
+        (Int4VnniKernel, QuantFormat(4, 48), 64, 96, "no multiple of 32"),
+        (Int4VnniKernel, QuantFormat(4, 64), 64, 100, "does not divide its 100 columns"),
         (TorchInt4Kernel, QuantFormat(8, 64), 64, 64, "8 bits, more than 4"),
         (MixedPrecisionKernel, QuantFormat(4, 64), 64, 96, "does not divide its 96 columns"),
         (MixedPrecisionKernel, QuantFormat(4, 48), 64, 96, "no multiple of 32"),
@@ -219,9 +388,9 @@ def test_refused_shapes(
 @pytest.mark.parametrize(
     ("bits", "kernel", "fmt"),
     [
-        (2, TorchInt4Kernel, QuantFormat(2, 64)),
-        (3, TorchInt4Kernel, QuantFormat(3, 64)),
-        (4, TorchInt4Kernel, QuantFormat(4, 64)),
+        (2, CHOSEN_INT4, QuantFormat(2, 64)),
+        (3, CHOSEN_INT4, QuantFormat(3, 64)),
+        (4, CHOSEN_INT4, QuantFormat(4, 64)),
         pytest.param(8, OneDnnInt8Kernel, QuantFormat(8, -1, symmetric=True), marks=needs_int8),
     ],
 )

@@ -174,7 +174,8 @@ def test_wheel_holds_the_package_and_its_entry_points(checkout: Path) -> None:
         "vllm_subspec",
         "vllm_subspec-0.1.0.dist-info",
     }
-    sources = {str(p.relative_to(checkout)) for p in (checkout / "vllm_subspec").rglob("*.py")}
-    assert sources <= set(names)
+    package = checkout / "vllm_subspec"
+    sources = [*package.rglob("*.py"), *package.rglob("*.cpp")]
+    assert {str(p.relative_to(checkout)) for p in sources} <= set(names)
     assert "[vllm.general_plugins]\nsubspec = vllm_subspec.plugin:register" in entry_points
     assert "vllm-subspec = vllm_subspec.cli.main:main" in entry_points
