@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from tests.unit.rounds import even_round
 from vllm_subspec.core.cost import AcceptanceModel, CostLine, DepthController, Round
 
 MAX_STEPS = 48
@@ -53,7 +54,7 @@ def test_next_token_counts_nodes_and_not_their_children() -> None:
 def test_nodes_that_do_not_pay_are_not_expanded() -> None:
     controller = DepthController(8)
     for width in [1, 2, 3] * 20:  # a node costs 10 ms, a pass 50 ms and nothing for a token
-        done = Round(1, 2, 2 * width + 1, 2, 2 * 0.01 * width, 0.05, width)
+        done = even_round(1, 2, 2 * width + 1, 2, 2 * 0.01 * width, 0.05, width)
         controller.observe_round(done)
     controller.begin_round(1)
     assert controller.expands([1.0, 0.0]).tolist() == [True, False]  # the first step is taken
@@ -105,7 +106,7 @@ def test_first_token_is_always_drafted_and_the_limit_holds() -> None:
     for _ in range(50):  # a step costs ten passes: drafting never pays
         controller.begin_round(1)
         assert controller.keep_drafting([1.0])
-        controller.observe_round(Round(1, 1, 2, 1, 10.0, 1.0))
+        controller.observe_round(even_round(1, 1, 2, 1, 10.0, 1.0))
     assert not controller.keep_drafting([1.0])
 
     controller = DepthController(3)
@@ -133,7 +134,7 @@ def test_lengths_cut_rows_that_lost_their_way_only_where_verifying_costs() -> No
         controller = DepthController(8)
         for steps in [2, 4, 6] * 20:
             tokens = 3 * (steps + 1)
-            done = Round(3, steps, tokens, 6, 0.01 * steps, 0.05 + token_seconds * tokens)
+            done = even_round(3, steps, tokens, 6, 0.01 * steps, 0.05 + token_seconds * tokens)
             controller.observe_round(done)
         controller.begin_round(3)
         return controller
@@ -200,7 +201,7 @@ class Simulation:
         draft = steps * self.regime.step_seconds(self.regime.rows)
         verify = self.regime.verify_seconds(tokens, draft) * self.rng.normal(1, 0.03)
         emitted = int(counts.sum()) + self.regime.rows
-        return Round(self.regime.rows, steps, tokens, emitted, draft, verify)
+        return even_round(self.regime.rows, steps, tokens, emitted, draft, verify)
 
     def fixed(self, depth: int) -> Round:
         _, accepted = self.draw()
@@ -267,7 +268,7 @@ def test_price_follows_the_batch_at_once() -> None:
 
     def play(rows: int) -> Round:
         draft, verify = 4 * (0.01 + 0.001 * rows), 0.2 + 0.006 * 5 * rows
-        return Round(rows, 4, 5 * rows, 3 * rows, draft, verify)
+        return even_round(rows, 4, 5 * rows, 3 * rows, draft, verify)
 
     controller = DepthController(MAX_STEPS)
     for rows in (1, 2, 3, 4) * 20:

@@ -18,6 +18,7 @@ Everything is a pure function of the numbers passed in: no clock is read and not
 random, so that ranks given the same numbers decide alike. All sums are in float64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,11 @@ _PRIOR_ACCEPTANCE = np.array(
 _PRIOR_NEXT = 0.9  # acceptance of a token about which nothing is known yet
 _PRIOR_COUNT = 20.0  # observations that the prior is worth
 _WINDOW = 512.0  # observations, of one bucket, that an estimate remembers
-_FORGET = 0.05  # weight of the newest round in the costs and in the throughput
+_FORGET = 0.05  # weight of the newest round in the cost of verifying and in the throughput
+_FORGET_STEP = 0.002  # weight of the newest step in the cost of steps; a round has tens of them
+# What nodes cost to verify is seen only if their number varies. So the first rounds verify these
+# shares of what they would.
+_EXPLORED = (0.25, 1.0, 0.5, 0.25, 1.0, 0.5)
 _MARGIN = 4.0  # a time this many mean deviations too long is an outlier
 
 
@@ -111,9 +116,13 @@ class CostLine:
     one depth. The slope is drawn towards 0 by one pseudo-observation a quarter of the mean x away.
     A time far above the fit counts as ``_MARGIN`` mean deviations above it (stalls only ever
     lengthen a time); a lasting change widens the deviation and is followed in tens of rounds.
+
+    Args:
+        forget: weight of the newest observation among many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, forget: float = _FORGET) -> None:
+        self._forget = forget
         self._weight = 0.0
         self._x = 0.0  # means
         self._y = 0.0
@@ -143,10 +152,10 @@ class CostLine:
             self._deviation += 0.1 * (abs(seconds - predicted) - self._deviation)
         dx, dy = x - self._x, seconds - self._y
         renewed = min(1.0, dx * dx * self._weight / self._xx) if self._xx > 0 else 0.0
-        self._weight = self._weight * (1 - _FORGET) + 1
+        self._weight = self._weight * (1 - self._forget) + 1
         self._x += dx / self._weight
         self._y += dy / self._weight
-        keep, share = 1 - _FORGET * renewed, 1 - 1 / self._weight
+        keep, share = 1 - self._forget * renewed, 1 - 1 / self._weight
         self._xx = self._xx * keep + share * dx * dx
         self._xy = self._xy * keep + share * dx * dy
 
@@ -157,12 +166,19 @@ class Round:
     time says nothing about draft tokens."""
 
     rows: int  # requests that drafted
-    steps: int  # draft steps, all rows together in each
+    step_nodes: Sequence[int]  # nodes that each draft step expanded, over all rows
+    step_seconds: Sequence[float]  # of each draft step
     verified_tokens: int  # tokens of the verifying pass: draft tokens and one root for each row
     emitted_tokens: int
-    draft_seconds: float
-    verify_seconds: float  # the rest of the round, so that both together are its wall time
-    width: float = 1.0  # nodes of a row in a step, the mean over steps; 1 for a chain
+    verify_seconds: float  # the rest of the round, so that all together are its wall time
+
+    @property
+    def steps(self) -> int:
+        return len(self.step_nodes)
+
+    @property
+    def draft_seconds(self) -> float:
+        return sum(self.step_seconds)
 
 
 class DepthController:
@@ -183,12 +199,13 @@ class DepthController:
             raise ValueError(f"max_steps must be at least 1, not {max_steps}")
         self.max_steps = max_steps
         self.acceptance = AcceptanceModel()
-        self._step = CostLine()  # seconds of a draft step, by nodes
+        self._step = CostLine(_FORGET_STEP)  # seconds of a draft step, by nodes
         self._verify = CostLine()  # seconds of the rest of a round, by verified tokens
         # Emitted tokens, steps, verified tokens and nodes of all steps, of a row in a round.
         self._means = np.zeros(4)
         self._weight = 0.0
-        self._steps = 0
+        self._rounds = 0  # so far
+        self._steps = 0  # of the round that is drafted now
         self._rate = 0.0  # tokens that must be expected from a second to pay for it
         self._saved = 0.0  # seconds by which a step shortens the verification
         self._token_price = 0.0  # probability above which verifying a token pays
@@ -278,17 +295,19 @@ class DepthController:
                 fewer. It does not rise along a path, so the best ones are closed under parents.
         """
         worth = (np.asarray(survival, np.float64) >= self._token_price).sum(axis=1)
-        return np.maximum(worth, 1)
+        share = _EXPLORED[self._rounds] if self._rounds < len(_EXPLORED) else 1.0
+        return np.maximum(np.ceil(worth * share).astype(np.int64), 1)
 
     def observe_round(self, done: Round) -> None:
         """Learns costs and throughput from a finished round. One without rows teaches nothing."""
         if done.rows == 0:
             return
-        if done.steps:
-            self._step.observe(done.rows * done.width, done.draft_seconds / done.steps)
+        self._rounds += 1
+        for nodes, seconds in zip(done.step_nodes, done.step_seconds, strict=True):
+            self._step.observe(nodes, seconds)
         self._verify.observe(done.verified_tokens, done.verify_seconds)
         emitted, verified = done.emitted_tokens / done.rows, done.verified_tokens / done.rows
-        per_row = np.array([emitted, done.steps, verified, done.steps * done.width])
+        per_row = np.array([emitted, done.steps, verified, sum(done.step_nodes) / done.rows])
         self._weight = self._weight * (1 - _FORGET) + 1
         self._means += (per_row - self._means) / self._weight
 

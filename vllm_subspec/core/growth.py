@@ -98,8 +98,6 @@ class Beam:
         self._levels: list[Nodes] = []
         self.frontier = Nodes(rows, root, root, tokens, np.zeros(tokens.size), one, one)
         """The nodes that the next level is grown from."""
-        self.expanded = 0
-        """Nodes that levels were grown from, over all rows and steps."""
         self.keep((self._depths > 0) & (self._limits > 0) & (self._slots > 0))
 
     @property
@@ -120,7 +118,6 @@ class Beam:
         probability 0 (logit -inf) is no child.
         """
         frontier = self.frontier
-        self.expanded += frontier.rows.size
         self._slots -= np.bincount(frontier.rows, minlength=self._slots.size)
         tokens, logs = _best_tokens(logits, self._sharpness, self._branching)
         confidence = _confidence(np.exp(logs))

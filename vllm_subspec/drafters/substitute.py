@@ -9,6 +9,7 @@ text is drafted as well as greedy text is.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +25,12 @@ from vllm_subspec.drafters.base import DraftRow, Forward
 
 @dataclass(frozen=True)
 class Growing:
-    """What growing the last trees took, over all rows."""
+    """What growing the last trees took, step by step."""
 
-    steps: int = 0
-    expanded: int = 0
-    """Nodes that were expanded, over all steps."""
+    nodes: Sequence[int] = ()
+    """Expanded, over all rows."""
+    seconds: Sequence[float] = ()
+    """From the beginning of each step to that of the next, or to the end."""
     forward_seconds: float = 0.0
     """In the draft model's forwards; with CUDA, in launching them."""
 
@@ -66,19 +68,23 @@ class SubstituteDrafter:
             self.growth.acceptance,
         )
         sampling = _Sampling(rows, self._device) if any(row.seeds for row in rows) else None
-        seconds = 0.0
+        sizes: list[int] = []
+        clock: list[float] = []
+        forward_seconds = 0.0
 
         def expand(nodes: Nodes) -> torch.Tensor:
-            nonlocal seconds
-            began = time.perf_counter()
+            nonlocal forward_seconds
+            sizes.append(nodes.rows.size)
+            clock.append(time.perf_counter())
             logits = forward.step(nodes)
-            seconds += time.perf_counter() - began
+            forward_seconds += time.perf_counter() - clock[-1]
             if sampling is not None:
                 logits = sampling.foresee(logits, nodes.rows, beam.depth)
             return logits
 
         drafts = grow(beam, self.growth, expand)
-        self.last = Growing(beam.depth, beam.expanded, seconds)
+        clock.append(time.perf_counter())
+        self.last = Growing(sizes, np.diff(clock).tolist(), forward_seconds)
         return drafts
 
 

@@ -89,4 +89,7 @@ def _rewrite(
         "method": "custom_class",
         "model": PROPOSER,
         "num_speculative_tokens": options.num_speculative_tokens,
+        # Drafts of any size: else vLLM pads a request that resumes with a single token to the
+        # largest draft, and never schedules it where the token budget is smaller than that.
+        "num_speculative_tokens_per_batch_size": [(1, 1, options.num_speculative_tokens)],
     }

@@ -150,10 +150,11 @@ class SubspecProposer:
     def _record(self, verification: Verification, emitted: int, verify_seconds: float) -> None:
         rows, nodes = len(verification.drafts), int(verification.sizes.sum())
         last = self.drafter.last
-        draft_seconds, verify_seconds = self._agree(self._last_draft_seconds, verify_seconds)
-        width = last.expanded / last.steps / rows
+        # Between the steps and the pass lies a little that belongs to neither: the round's rest.
+        rest = self._last_draft_seconds - sum(last.seconds) + verify_seconds
+        rest, *step_seconds = self._agree(rest, *last.seconds)
         self.drafter.growth.observe_round(
-            Round(rows, last.steps, nodes + rows, emitted, draft_seconds, verify_seconds, width)
+            Round(rows, last.nodes, step_seconds, nodes + rows, emitted, rest)
         )
         stats = self.stats
         stats.rounds += 1
@@ -161,10 +162,10 @@ class SubspecProposer:
         stats.draft_nodes += nodes
         stats.draft_depth += sum(int(draft.tree.depths.max()) for draft in verification.drafts)
         stats.emitted_tokens += emitted
-        stats.steps += last.steps
-        stats.expanded_nodes += last.expanded
+        stats.steps += len(last.nodes)
+        stats.expanded_nodes += sum(last.nodes)
         stats.forward_seconds += last.forward_seconds
-        stats.draft_seconds += draft_seconds
+        stats.draft_seconds += self._last_draft_seconds
         stats.verify_seconds += verify_seconds
 
     def _agree(self, *seconds: float) -> list[float]:
