@@ -156,7 +156,7 @@ def install_vllm(target: str) -> None:
 
 
 def install_project() -> None:
-    pip("install", "-e", f"{ROOT}[test]")
+    pip("install", "-e", f"{ROOT}[test,bench]")
 
 
 def remove_unwanted() -> None:
