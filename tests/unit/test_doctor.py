@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_subspec import __version__
 from vllm_subspec.cli import doctor
@@ -115,6 +116,15 @@ def test_thread_binding_is_hinted_on_few_cores(
     if binding:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
     assert next(iter(doctor.thread_hints(cores))).status == status
+
+
+def test_a_missing_compiler_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (finding,) = doctor.compiler_hint()
+    assert (finding.status, finding.value) == ("hint", "none")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert not list(doctor.compiler_hint())
 
 
 def test_plugin_switched_off_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,19 @@ def device() -> Iterator[Finding]:
         yield fail(section, "NVIDIA GPU", value, advice)
     yield from cpu_flags(Path("/proc/cpuinfo").read_text(), platform.machine())
     yield from thread_hints(cores)
+    yield from compiler_hint()
+
+
+def compiler_hint() -> Iterator[Finding]:
+    """4-bit substitutes have a faster kernel on some CPUs, which is compiled at first use."""
+    if not torch.cpu.get_capabilities().get("avx512_vnni"):
+        return
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        advice = "install g++ (or set CXX): 4-bit substitutes are then about twice as fast here"
+        yield Finding("device", "C++ compiler", "none", status="hint", advice=advice)
+    else:
+        yield Finding("device", "C++ compiler", compiler)
 
 
 def cpu_flags(cpuinfo: str, machine: str) -> Iterator[Finding]:
