@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from msgspec.structs import asdict
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm import _custom_ops as ops
 from vllm.tokenizers import get_tokenizer
@@ -154,7 +155,8 @@ class Engines:
 
         Call it before `get`: it may have to replace the living engine.
         """
-        asked = [[p, repr(q)] for p, q in zip(prompts, params, strict=True)]
+        # The parameters' own repr leaves some of them out.
+        asked = [[p, repr(asdict(q))] for p, q in zip(prompts, params, strict=True)]
         key = json.dumps([settings, asked], sort_keys=True)
         if key not in self._references:
             self._references[key] = generate(self.get(None, **settings), prompts, params)
@@ -303,8 +305,9 @@ def _counts_of(worker: Any) -> DraftCounts:
 
 
 def assert_trees_were_tried(counts: DraftCounts, least: int) -> None:
-    """Whether trees were verified, right and wrong ones, and accepted off their first path."""
-    assert min(counts.accepted, counts.trees, counts.wrong, counts.moved) >= least, counts
+    """Whether trees were verified, right and wrong ones (which are few), and accepted off their
+    first path."""
+    assert min(counts.accepted, counts.trees, counts.moved, 10 * counts.wrong) >= least, counts
 
 
 def assert_chains_were_tried(counts: DraftCounts, least: int) -> None:

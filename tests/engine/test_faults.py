@@ -18,6 +18,7 @@ from tests.engine.helpers import (
     Answer,
     Batch,
     Engines,
+    assert_trees_were_tried,
     draft_counts,
     generate,
     greedy,
@@ -110,8 +111,7 @@ def test_one_unreadable_block(
             assert answer == expected[i]
     # The same prompts again: nothing of the failed pass may be found in the prefix cache.
     assert generate(llm, PROMPTS, PARAMS) == expected
-    counts = draft_counts(llm) - before
-    assert counts.accepted and counts.rejected
+    assert_trees_were_tried(draft_counts(llm) - before, 10)
     assert not scheduler_of(llm).requests
 
 

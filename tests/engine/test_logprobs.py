@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Log probabilities are those of the target, for accepted, recovered and bonus tokens alike.
+"""Log probabilities are those of the target, on accepted paths and at their ends alike.
 
 The same numbers computed in passes of other shapes: float32 rounding, hence `TOLERANCE`.
 """
@@ -12,24 +12,43 @@ import pytest
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logprobs import Logprob
 
-from tests.engine.helpers import ROUGH, DraftCounts, Engines, draft_counts, greedy, source_prompts
+from tests.engine.helpers import (
+    ROUGH,
+    DraftCounts,
+    Engines,
+    assert_trees_were_tried,
+    draft_counts,
+    encode,
+    greedy,
+    source_prompts,
+)
 
 TOLERANCE = 2e-4
 PROMPTS = source_prompts(12, 5, 150)
 GREEDY = [greedy(40, logprobs=5, prompt_logprobs=3)] * len(PROMPTS)
-SAMPLED = [
-    SamplingParams(temperature=0.9, top_p=0.95, logprobs=2, max_tokens=40, min_tokens=40)
-] * len(PROMPTS)
-SETTINGS: dict[str, Any] = {"max_num_batched_tokens": 256}
+WANTED = [*encode("self"), *encode(":"), *encode(" 0")]
+
+
+def sampled(seed: int, **settings: Any) -> SamplingParams:
+    given = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 40, "min_tokens": 40, **settings}
+    return SamplingParams(seed=seed, **given)
+
+
+# As many of each as there are prompts: they stand in one batch.
+SAMPLED = {
+    "some": [sampled(i, logprobs=(0, 2, 5, None)[i % 4]) for i in range(12)],
+    "all": [sampled(i, logprobs=-1) for i in range(12)],
+    "wanted": [sampled(i, logprob_token_ids=WANTED[: 1 + i % 3]) for i in range(12)],
+    "penalties": [sampled(i, logprobs=3, repetition_penalty=1.3, top_k=30) for i in range(12)],
+}
+SETTINGS: dict[str, Any] = {"max_num_batched_tokens": 256, "max_logprobs": -1}
 
 Position = dict[int, Logprob] | None
 
 
 class Answered(NamedTuple):
-    greedy: list[RequestOutput]
-    sampled: list[RequestOutput]
-    greedy_counts: DraftCounts
-    sampled_counts: DraftCounts
+    outputs: list[RequestOutput]
+    counts: DraftCounts
 
 
 def ask(
@@ -39,19 +58,22 @@ def ask(
     return llm.generate(asked, list(params), use_tqdm=False)
 
 
+def answered(llm: LLM, params: Sequence[SamplingParams]) -> Answered:
+    before = draft_counts(llm)
+    outputs = ask(llm, PROMPTS, params)
+    return Answered(outputs, draft_counts(llm) - before)
+
+
 @pytest.fixture(scope="module")
-def speculative(engines: Engines) -> Answered:
+def speculative(engines: Engines) -> dict[str, Answered]:
     llm = engines.get(ROUGH, **SETTINGS)
-    start = draft_counts(llm)
-    first = ask(llm, PROMPTS, GREEDY)
-    middle = draft_counts(llm)
-    second = ask(llm, PROMPTS, SAMPLED)
-    return Answered(first, second, middle - start, draft_counts(llm) - middle)
+    return {name: answered(llm, params) for name, params in {"greedy": GREEDY, **SAMPLED}.items()}
 
 
 @pytest.fixture(scope="module")
-def plain(engines: Engines, speculative: Answered) -> LLM:
-    return engines.get(None, **SETTINGS)
+def plain(engines: Engines, speculative: dict[str, Answered]) -> dict[str, list[RequestOutput]]:
+    llm = engines.get(None, **SETTINGS)
+    return {name: ask(llm, PROMPTS, asked) for name, asked in {"greedy": GREEDY, **SAMPLED}.items()}
 
 
 def assert_same(mine: Position, other: Position) -> None:
@@ -74,43 +96,58 @@ def assert_same(mine: Position, other: Position) -> None:
         assert a == pytest.approx(b, abs=TOLERANCE)
 
 
-def test_greedy(speculative: Answered, plain: LLM) -> None:
-    assert speculative.greedy_counts.accepted and speculative.greedy_counts.rejected
-    for mine, other in zip(speculative.greedy, ask(plain, PROMPTS, GREEDY), strict=True):
-        (a,), (b,) = mine.outputs, other.outputs
-        assert list(a.token_ids) == list(b.token_ids)
-        assert a.logprobs is not None and b.logprobs is not None
-        assert len(a.logprobs) == len(a.token_ids) == len(b.logprobs)
-        for token, x, y in zip(a.token_ids, a.logprobs, b.logprobs, strict=True):
-            assert x[token].rank == 1 and len(x) == 5
-            assert_same(x, y)
+def assert_same_outputs(mine: RequestOutput, other: RequestOutput) -> list[int]:
+    """Tokens, and what is said about each; returns the tokens' ranks."""
+    (a,), (b,) = mine.outputs, other.outputs
+    assert list(a.token_ids) == list(b.token_ids)
+    if a.logprobs is None or b.logprobs is None:
+        assert a.logprobs is b.logprobs
+        return []
+    assert len(a.logprobs) == len(a.token_ids) == len(b.logprobs)
+    for token, x, y in zip(a.token_ids, a.logprobs, b.logprobs, strict=True):
+        assert token in x and len(x) == len(y)
+        assert x[token].rank == y[token].rank
+        assert_same(x, y)
+    if a.cumulative_logprob is not None:
         assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=40 * TOLERANCE)
+    return [step[token].rank for token, step in zip(a.token_ids, a.logprobs, strict=True)]
 
 
-def test_prompt(speculative: Answered, plain: LLM) -> None:
-    for mine, other in zip(speculative.greedy, ask(plain, PROMPTS, GREEDY), strict=True):
+def test_greedy(speculative: dict[str, Answered], plain: dict[str, list[RequestOutput]]) -> None:
+    assert_trees_were_tried(speculative["greedy"].counts, 20)
+    for mine, other in zip(speculative["greedy"].outputs, plain["greedy"], strict=True):
+        assert set(assert_same_outputs(mine, other)) == {1}
+        assert all(len(step) == 5 for step in mine.outputs[0].logprobs or [{}])
+
+
+def test_prompt(speculative: dict[str, Answered], plain: dict[str, list[RequestOutput]]) -> None:
+    for mine, other in zip(speculative["greedy"].outputs, plain["greedy"], strict=True):
         assert mine.prompt_logprobs is not None and other.prompt_logprobs is not None
         assert len(mine.prompt_logprobs) == len(mine.prompt_token_ids or ())
         for x, y in zip(mine.prompt_logprobs, other.prompt_logprobs, strict=True):
             assert_same(x, y)
 
 
-def test_sampled_by_teacher_forcing(speculative: Answered, plain: LLM) -> None:
-    """Each sampled token's log probability, from one pass over prompt and output."""
-    assert speculative.sampled_counts.accepted and speculative.sampled_counts.rejected
-    texts = [
-        [*prompt, *output.outputs[0].token_ids]
-        for prompt, output in zip(PROMPTS, speculative.sampled, strict=True)
-    ]
-    forced = ask(plain, texts, [SamplingParams(max_tokens=1, prompt_logprobs=2)] * len(texts))
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled(
+    speculative: dict[str, Answered], plain: dict[str, list[RequestOutput]], name: str
+) -> None:
+    assert_trees_were_tried(speculative[name].counts, 20)
     ranks = set()
-    for prompt, mine, other in zip(PROMPTS, speculative.sampled, forced, strict=True):
-        (a,) = mine.outputs
-        assert a.logprobs is not None and other.prompt_logprobs is not None
-        for token, x, y in zip(
-            a.token_ids, a.logprobs, other.prompt_logprobs[len(prompt) :], strict=True
-        ):
-            assert y is not None and token in x
-            assert_same(x, y)
-            ranks.add(x[token].rank)
+    for mine, other in zip(speculative[name].outputs, plain[name], strict=True):
+        ranks.update(assert_same_outputs(mine, other))
     assert len(ranks) > 2  # not all of them the most likely token
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits", "raw_logits"])
+def test_other_modes(engines: Engines, mode: str) -> None:
+    """After penalties, temperature and limits; or before the softmax."""
+    params = [
+        sampled(i, logprobs=3, repetition_penalty=1.2, top_k=30) if i % 3 else GREEDY[0]
+        for i in range(12)
+    ]
+    found = answered(engines.get(ROUGH, **SETTINGS, logprobs_mode=mode), params)
+    assert_trees_were_tried(found.counts, 20)
+    expected = ask(engines.get(None, **SETTINGS, logprobs_mode=mode), PROMPTS, params)
+    for mine, other in zip(found.outputs, expected, strict=True):
+        assert_same_outputs(mine, other)

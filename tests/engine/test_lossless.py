@@ -218,7 +218,10 @@ def test_speculation_switched_off_and_on(engines: Engines, reference_growing: li
     drafting: dict[bool, list[bool]] = {True: [], False: []}
     for step in batch.steps():
         enabled = worker_of(llm).proposer.enabled
-        drafting[enabled] += [bool(r.spec_token_ids) for r in batch.running().values()]
+        computed = worker_of(llm).model_runner.verification.request_ids
+        drafting[enabled] += [
+            bool(r.spec_token_ids) for r in batch.running().values() if r.request_id in computed
+        ]
         if step % 4 == 3:
             llm.collective_rpc("set_speculation", args=(not enabled,))
     llm.collective_rpc("set_speculation", args=(True,))
@@ -267,8 +270,9 @@ def test_drafting_changed_while_serving(engines: Engines, reference_growing: lis
     seen: dict[int, set[tuple[int, int]]] = {}
     now = len(changes) - 1
     for step in batch.steps():
-        sizes = {_shape(r.spec_token_ids) for r in batch.running().values() if r.spec_token_ids}
-        seen.setdefault(now, set()).update(sizes)
+        computed = worker_of(llm).model_runner.verification.request_ids
+        drafts = [r.spec_token_ids for r in batch.running().values() if r.request_id in computed]
+        seen.setdefault(now, set()).update(_shape(draft) for draft in drafts if draft)
         if step % 4 == 3:
             now = (now + 1) % len(changes)
             llm.collective_rpc("set_drafting", kwargs=changes[now][0])

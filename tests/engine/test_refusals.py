@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Invariant 5: what cannot be served is refused when the configuration is built, in one sentence
-that names the option and what to do. No weight is read: the models here have none.
+that names the option and what to do. No weight is read, as far as that can be known before.
 """
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm import EngineArgs
 from vllm.config import KVTransferConfig
+from vllm.platforms import current_platform
 
-from tests.engine.helpers import MODEL
+from tests.engine.helpers import CHAIN, MODEL, ROUGH, Engines, encode, generate, greedy
+from vllm_subspec.engine import attention
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def refusal(model: Path, speculative: dict[str, Any], **arguments: Any) -> str:
 def test_what_is_served_is_not_refused(shape: Any) -> None:
     config = configure(shape(), {"bits": 2})
     assert config.additional_config["subspec"]["bits"] == 2
-    assert config.num_lookahead_tokens == config.num_speculative_tokens == 48
+    assert config.num_lookahead_tokens == config.num_speculative_tokens == 128
 
 
 @pytest.mark.parametrize(
@@ -179,8 +183,14 @@ def test_model_families(shape: Any, config: dict[str, Any], names: str) -> None:
         ({"prompt_lookup_max": 4}, "prompt_lookup_max", "known: "),
         ({"bits": 5}, "bits", "2, 3, 4 or 8"),
         ({"bits": "4"}, "bits", "2, 3, 4 or 8"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens", "1 to 128"),
-        ({"num_speculative_tokens": 129}, "num_speculative_tokens", "1 to 128"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens", "1 to 512"),
+        ({"num_speculative_tokens": 513}, "num_speculative_tokens", "1 to 512"),
+        ({"branching": 0}, "branching", "1 (draft chains instead of trees) to 64"),
+        ({"branching": 65}, "branching", "to 64"),
+        ({"depth": 0}, "depth", "1 to 512"),
+        ({"depth": 513}, "depth", "1 to 512"),
+        ({"pruning": "x"}, "pruning", '"dynamic" (drop'),
+        ({"draft_depth": 8}, "draft_depth", "did you mean"),
         ({"group_size": 48}, "group_size", "16, 32, 64"),
         ({"quantizer": "gptq"}, "quantizer", '"hqq", "rtn"'),
         ({"resident_weights_gib": -1}, "resident_weights_gib", "GiB"),
@@ -199,3 +209,43 @@ def test_options_of_the_method(options: dict[str, Any], key: str, says: str) -> 
     message = refusal(MODEL, options)
     assert f'"{key}"' in message
     assert says in message
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU attention")
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"sliding_window": 127}, "sliding-window attention"),
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "a soft cap on attention logits"),
+        ({"sinks": [0.0]}, "attention sinks"),
+        ({"is_fp8_kv_cache": True}, "an FP8 KV cache"),
+    ],
+)
+def test_attention_that_trees_cannot_do(changed: dict[str, Any], names: str) -> None:
+    impl: dict[str, Any] = {
+        "sliding_window": -1,
+        "alibi_slopes": None,
+        "logits_soft_cap": 0,
+        "sinks": None,
+        "is_fp8_kv_cache": False,
+    }
+    sound = SimpleNamespace(impl=SimpleNamespace(**impl))
+    attention.check(torch.device("cpu"), {"layers.0.attn": sound})
+    other = SimpleNamespace(impl=SimpleNamespace(**{**impl, **changed}))
+    with pytest.raises(ValueError) as caught:
+        attention.check(torch.device("cpu"), {"layers.0.attn": sound, "layers.1.attn": other})
+    (message,) = caught.value.args
+    assert message == (
+        f'method "subspec" drafts token trees, but layers.1.attn has {names}, which tree attention '
+        'cannot do: set "branching" to 1'
+    )
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU attention")
+def test_an_fp8_cache_is_refused_for_trees_only(engines: Engines) -> None:
+    small: dict[str, Any] = {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match='has an FP8 KV cache, .*: set "branching" to 1$'):
+        engines.get(ROUGH, **small)
+    llm = engines.get(CHAIN, **small)
+    assert len(generate(llm, [encode("def ")], [greedy(8)])[0].tokens) == 8

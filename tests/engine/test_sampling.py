@@ -1,229 +1,356 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""At temperature > 0 the output has the distribution that it has without speculation.
+"""At temperature > 0: a request with a seed gets the very text that it gets without speculation,
+under every sampling parameter and whatever is drafted; a request without one is sampled from the
+same distribution.
 
-Hundreds of short continuations of each prompt are drawn with and without speculation and compared
-by a permutation test (`distributions.p_value`). The drafts come from 2-bit substitutes, so that
-many are rejected. How deep to draft depends on measured times; that is switched off, so that fixed
-seeds give the same samples on every run.
+The distributions are compared by a permutation test (`distributions.p_value`) of hundreds of short
+continuations of each prompt. What is drafted does not depend on measured times here, so that the
+samples are the same on every run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm import LLM, SamplingParams
-from vllm.exceptions import VLLMValidationError
-from vllm.v1.sample import rejection_sampler
 
 from tests.engine.distributions import Sequences, p_value
 from tests.engine.helpers import (
+    CHAIN,
     ROUGH,
+    Answer,
+    Batch,
     Engines,
+    assert_chains_were_tried,
+    assert_trees_were_tried,
     draft_counts,
     encode,
     generate,
+    metric,
     source_prompts,
     worker_of,
 )
-
-COUNT = 240  # samples for each prompt
-LENGTH = 5
-SETTINGS: dict[str, Any] = {"max_num_seqs": 120, "max_num_batched_tokens": 1024}
-# Continued in few ways, so that this many samples show a small difference.
-PROMPTS = [
-    encode("x = [0, 0, 0, 0,"),
-    encode("if a is None:\n    return None\nif b is None:\n"),
-]
-# The tokens that most often continue the prompts.
-FREQUENT = [*encode(" 0"), *encode(":")]
+from vllm_subspec.core.acceptance import Walks, walk_batch
+from vllm_subspec.core.noise import SeedStream
+from vllm_subspec.core.tree import TokenTree
+from vllm_subspec.engine import runner as runner_module
 
 Params = dict[str, Any]
 
+SETTINGS: dict[str, Any] = {"max_num_seqs": 120, "max_num_batched_tokens": 1024}
+# The tokens that most often follow a beginning of these.
+FREQUENT = [*encode(" 0"), *encode(":"), *encode("\n"), *encode("self")]
 GREEDY: Params = {"temperature": 0}
-ALL: dict[str, list[Params]] = {
-    # Requests take these in turn; each is then compared by itself.
+
+KINDS: dict[str, list[Params]] = {
+    # Requests take these in turn.
     "temperature 0.3": [{"temperature": 0.3}],
     "temperature 0.6": [{"temperature": 0.6}],
     "temperature 1": [{}],
+    "temperature 2": [{"temperature": 2.0}],
     "top_k": [{"top_k": 3}],
+    "top_k 1": [{"top_k": 1}],
     "top_p": [{"top_p": 0.7}],
     "top_k and top_p": [{"temperature": 0.8, "top_k": 20, "top_p": 0.9}],
-    "min_tokens": [{"min_tokens": 3, "stop_token_ids": FREQUENT}],
+    "min_tokens": [{"min_tokens": 9, "stop_token_ids": FREQUENT}],
+    "min_p": [{"min_p": 0.15}],
+    "logit_bias": [{"logit_bias": dict.fromkeys(FREQUENT, 3.0)}],
     "presence_penalty": [{"presence_penalty": 1.5}],
     "frequency_penalty": [{"frequency_penalty": 1.5}],
     "repetition_penalty": [{"repetition_penalty": 1.5}],
-    "bad_words": [{"bad_words": [" 0, 0", " b"]}],
+    "bad_words": [{"temperature": 0.5, "bad_words": [" self", ".", " = None", "()", "def __"]}],
     "allowed_token_ids": [{"allowed_token_ids": sorted(set(encode("if a b: is None [0, 1],")))}],
+    "stop": [{"stop": ["self", "return", "):"]}],
     "all together": [
         {
             "temperature": 0.8,
             "top_k": 50,
             "top_p": 0.95,
-            "min_tokens": 2,
+            "min_tokens": 6,
             "stop_token_ids": FREQUENT,
+            "stop": ["return"],
             "presence_penalty": 0.5,
             "frequency_penalty": 0.5,
             "repetition_penalty": 1.2,
-            "bad_words": [" 1", " 0, 0"],
+            "bad_words": [" self", ".", " 0, 0"],
+            "min_p": 0.02,
+            "logit_bias": dict.fromkeys(encode("= ("), -2.0),
         }
     ],
-    "seed": [{"seed": 0}],
-    "greedy and random": [GREEDY, {}],
-    "mixed": [GREEDY, {"top_k": 3}, {"seed": 0}, {"temperature": 0.6, "presence_penalty": 1.0}],
+    "mixed": [
+        GREEDY,
+        {"top_k": 3},
+        {"temperature": 0.6, "presence_penalty": 1.0},
+        {**GREEDY, "repetition_penalty": 1.3, "bad_words": [" self"]},
+        {"min_tokens": 5, "stop_token_ids": FREQUENT},
+        {"min_p": 0.1},
+        {**GREEDY, "logit_bias": dict.fromkeys(FREQUENT, 2.0)},
+        {"top_p": 0.5, "allowed_token_ids": [*range(3000)]},
+        {**GREEDY, "min_tokens": 5, "stop_token_ids": FREQUENT},
+    ],
+}
+PROMPTS = source_prompts(21, 3, 120)
+
+
+def seeded(name: str) -> list[SamplingParams]:
+    kinds = KINDS[name]
+    given = [
+        {"temperature": 1.0, "seed": 100 + i, "max_tokens": 32, "ignore_eos": True}
+        | kinds[i % len(kinds)]
+        for i in range(len(PROMPTS))
+    ]
+    return [SamplingParams(**each) for each in given]
+
+
+# Continued in few ways, so that the samples show a small difference.
+FEW = [
+    encode("x = [0, 0, 0, 0,"),
+    encode("if a is None:\n    return None\nif b is None:\n"),
+]
+COUNT = 240  # samples of each
+LENGTH = 5
+UNSEEDED: dict[str, Params] = {
+    "temperature 0.3": {"temperature": 0.3},
+    "temperature 0.6": {"temperature": 0.6},
+    "temperature 1": {"temperature": 1.0},
+    # All of them likely, so that a dependence between the tokens of a text shows.
+    "few tokens": {"temperature": 2.0, "top_k": 3},
 }
 
 
-def sample(llm: LLM, name: str, seed: int) -> list[Sequences]:
-    """For each prompt and each entry of ``ALL[name]`` what ``llm`` says; ``seed`` decides it."""
-    torch.manual_seed(seed)
-    kinds = ALL[name]
-    params, prompts = [], []
-    for prompt in PROMPTS:
-        for i in range(COUNT):
-            given = {"temperature": 1.0, **kinds[i % len(kinds)]}
-            if "seed" in given:
-                given["seed"] = seed * COUNT + i
-            params.append(SamplingParams(max_tokens=LENGTH, **given))
-            prompts.append(prompt)
-    out = [answer.tokens for answer in generate(llm, prompts, params)]
-    return [
-        out[p * COUNT + kind : (p + 1) * COUNT : len(kinds)]
-        for p in range(len(PROMPTS))
-        for kind in range(len(kinds))
-    ]
+def sample(llm: LLM, name: str) -> list[Sequences]:
+    """For each prompt of `FEW` what ``llm`` says without a seed."""
+    params = SamplingParams(max_tokens=LENGTH, **UNSEEDED[name])
+    prompts = [prompt for prompt in FEW for _ in range(COUNT)]
+    out = [answer.tokens for answer in generate(llm, prompts, [params] * len(prompts))]
+    return [out[:COUNT], out[COUNT:]]
 
 
 @pytest.fixture(scope="module")
-def plain(engines: Engines) -> dict[str, list[Sequences]]:
+def expected(engines: Engines) -> dict[str, list[Answer]]:
+    """The seeded answers without speculation."""
+    return {name: engines.reference(PROMPTS, seeded(name), **SETTINGS) for name in KINDS}
+
+
+@pytest.fixture(scope="module")
+def plain(engines: Engines, expected: dict[str, list[Answer]]) -> dict[str, list[Sequences]]:
     """Samples without speculation."""
     llm = engines.get(None, **SETTINGS)
-    return {name: sample(llm, name, seed=1) for name in ALL}
+    torch.manual_seed(1)
+    return {name: sample(llm, name) for name in UNSEEDED}
 
 
-@pytest.fixture(scope="module")
-def speculative(engines: Engines, plain: dict[str, list[Sequences]]) -> LLM:
+@pytest.fixture
+def trees(engines: Engines, plain: dict[str, list[Sequences]]) -> LLM:
     return engines.get(ROUGH, **SETTINGS)
 
 
 @pytest.fixture
-def timeless(speculative: LLM) -> Iterator[LLM]:
-    """The engine with drafts whose depth does not depend on the clock."""
-    drafter = worker_of(speculative).proposer.drafter
-    drafter._stream.manual_seed(2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drafter.depth, "observe_round", lambda done: None)
-        yield speculative
+def fixed(trees: LLM) -> Iterator[LLM]:
+    """The same samples, whatever was asked before."""
+    restart(trees)
+    yield trees
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, float]:
-    """p-values by setting."""
-    return {}
+def restart(llm: LLM) -> None:
+    """Requests without a seed get the same noise as after the last restart."""
+    worker_of(llm).model_runner._unseeded.manual_seed(2)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_distribution_is_the_targets(
-    timeless: LLM, plain: dict[str, list[Sequences]], found: dict[str, float], name: str
+@pytest.mark.parametrize("name", KINDS)
+def test_seeded_text_is_that_without_speculation(
+    trees: LLM, expected: dict[str, list[Answer]], name: str
 ) -> None:
-    before = draft_counts(timeless)
-    samples = sample(timeless, name, seed=2)
-    counts = draft_counts(timeless) - before
-    assert counts.accepted > 100 and counts.rejected > 100
-    found[name] = p_value(samples, plain[name])
-    # On another CPU the same seeds are other samples, and each right setting has p <= 0.01 there
-    # with probability 0.01: see the next test.
-    assert found[name] > 0.001
-    for kind, params in enumerate(ALL[name]):
-        if params is GREEDY:
-            for p in range(len(PROMPTS)):
-                group = p * len(ALL[name]) + kind
-                assert set(samples[group]) == set(plain[name][group])
-                assert len(set(samples[group])) == 1
+    before = draft_counts(trees)
+    answers = generate(trees, PROMPTS, seeded(name))
+    different = [i for i in range(len(PROMPTS)) if answers[i] != expected[name][i]]
+    assert not different, (answers[different[0]], expected[name][different[0]])
+    if name != "top_k 1":  # all other tokens have probability 0: they are no candidates
+        assert_trees_were_tried(draft_counts(trees) - before, 20)
 
 
-def test_p_values_are_those_of_no_difference(found: dict[str, float]) -> None:
-    if len(found) < len(ALL):
-        pytest.skip("needs the p-values of all settings")
-    print({name: round(p, 3) for name, p in found.items()})
-    assert sum(p > 0.01 for p in found.values()) >= len(ALL) - 2
+def test_settings_matter(expected: dict[str, list[Answer]]) -> None:
+    """Each setting changes the text, so that ignoring it in one engine would show."""
+    for name in KINDS:
+        if name not in ("temperature 1", "mixed"):
+            pairs = zip(expected[name], expected["temperature 1"], strict=True)
+            assert sum(mine.tokens != other.tokens for mine, other in pairs) >= 6, name
 
 
-def test_settings_matter(plain: dict[str, list[Sequences]]) -> None:
-    """Each setting changes what is sampled here, so that ignoring it in one engine would show."""
-    for name in ALL:
-        if name not in ("temperature 1", "seed") and len(ALL[name]) == 1:
-            assert p_value(plain[name], plain["temperature 1"]) < 0.001, name
-
-
-def test_power_stock_sampler(
-    timeless: LLM, plain: dict[str, list[Sequences]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"branching": 1, "depth": 8},
+        {"branching": 2, "depth": 3},
+        {"branching": 16, "depth": 2},
+        {"pruning": "dynamic"},
+    ],
+    ids=str,
+)
+def test_the_text_does_not_depend_on_the_draft(
+    trees: LLM, expected: dict[str, list[Answer]], change: dict[str, Any]
 ) -> None:
-    """vLLM's own CPU form of the expand kernel samples something else, and the test sees it."""
-    kernel = rejection_sampler.expand_kernel
-    monkeypatch.setattr(kernel, "_impl", kernel._impl.__wrapped__)
-    name = "temperature 0.6"
-    assert p_value(sample(timeless, name, seed=2), plain[name]) < 0.001
+    names = ["temperature 1", "mixed"]
+    trees.collective_rpc("set_drafting", kwargs=change)
+    answers = [generate(trees, PROMPTS, seeded(name)) for name in names]
+    trees.collective_rpc("set_drafting")
+    assert answers == [expected[name] for name in names]
 
 
-def test_power_wrong_draft_probabilities(
-    timeless: LLM, plain: dict[str, list[Sequences]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Drafts that were not drawn from the distribution handed over are seen."""
-    runner = worker_of(timeless).model_runner
-    original = runner._get_spec_decode_draft_probs
-
-    def uniform(metadata: Any) -> torch.Tensor | None:
-        probabilities = original(metadata)
-        return None if probabilities is None else torch.full_like(probabilities, 1 / 4096)
-
-    monkeypatch.setattr(runner, "_get_spec_decode_draft_probs", uniform)
-    name = "temperature 0.6"
-    assert p_value(sample(timeless, name, seed=2), plain[name]) < 0.001
+def test_the_draft_foresees_the_samples(trees: LLM) -> None:
+    """By their seeds: sampled text is accepted nearly as often as greedy text."""
+    rates = []
+    for temperature in (0.0, 1.0):
+        before = draft_counts(trees)
+        params = SamplingParams(temperature=temperature, max_tokens=40, ignore_eos=True)
+        generate(trees, PROMPTS, [params] * len(PROMPTS))
+        counts = draft_counts(trees) - before
+        rates.append(counts.accepted / counts.drafts)
+    assert rates[1] > 0.7 * rates[0]
 
 
-def test_draft_probabilities_are_used(timeless: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without them every draft counts as certain: as right, but accepted less often."""
-    name = "temperature 1"
-
-    def acceptance() -> float:
-        before = draft_counts(timeless)
-        sample(timeless, name, seed=3)
-        counts = draft_counts(timeless) - before
-        return counts.accepted / counts.drafted
-
-    with_probabilities = acceptance()
-    runner = worker_of(timeless).model_runner
-    monkeypatch.setattr(runner, "_get_spec_decode_draft_probs", lambda metadata: None)
-    assert with_probabilities > 1.1 * acceptance()
-
-
-def test_seed_repeats_alone_and_in_a_batch(speculative: LLM) -> None:
-    """Also when its prompt is computed in chunks; drafts are as deep as the clock says."""
+def test_alone_and_in_a_batch(trees: LLM) -> None:
+    """Also when the prompt is computed in chunks, and while drafting is switched off and on."""
     prompts = source_prompts(6, 40, 400)
-    seeded = [
+    asked = [
         SamplingParams(temperature=1.0, top_p=0.95, seed=7 + i, max_tokens=40, ignore_eos=True)
         for i in range(len(prompts))
     ]
-    before = draft_counts(speculative)
     alone = [
-        generate(speculative, [prompt], [params])[0].tokens
-        for prompt, params in zip(prompts, seeded, strict=True)
+        generate(trees, [prompt], [params])[0]
+        for prompt, params in zip(prompts, asked, strict=True)
     ]
-    counts = draft_counts(speculative) - before
-    assert counts.accepted and counts.rejected
-
     neighbours = source_prompts(12, 30, 400)
     params = [SamplingParams(temperature=0.9, max_tokens=10 + 3 * i) for i in range(12)]
-    batch = generate(speculative, [*neighbours, *prompts], [*params, *seeded])
+    batch = Batch(trees, [*neighbours, *prompts], [*params, *asked])
     assert sum(map(len, [*neighbours, *prompts])) > 2 * SETTINGS["max_num_batched_tokens"]
-    assert [answer.tokens for answer in batch[len(neighbours) :]] == alone
+    for step in batch.steps():
+        if step % 3 == 2:
+            trees.collective_rpc("set_speculation", args=(step % 2 == 0,))
+    trees.collective_rpc("set_speculation", args=(True,))
+    assert [batch.answers[12 + i] for i in range(len(prompts))] == alone
     assert len(set(alone)) == len(alone)
 
 
-@pytest.mark.parametrize("params", [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}])
-def test_parameters_without_support_are_refused(speculative: LLM, params: Params) -> None:
-    with pytest.raises(VLLMValidationError, match="min_p and logit_bias .* not yet supported"):
-        generate(speculative, PROMPTS[:1], [SamplingParams(max_tokens=2, **params)])
-    assert generate(speculative, PROMPTS[:1], [SamplingParams(max_tokens=2)])[0].tokens
+def test_preempted_requests_get_the_same_text(engines: Engines) -> None:
+    prompts = source_prompts(12, 40, 100)
+    asked = [
+        SamplingParams(temperature=0.9, seed=i, max_tokens=96, ignore_eos=True) for i in range(12)
+    ]
+    reference = engines.reference(prompts, asked, **SETTINGS)
+    llm = engines.get(ROUGH, kv_cache_memory_bytes=6 << 20, enable_prefix_caching=False, **SETTINGS)
+    assert generate(llm, prompts, asked) == reference
+    assert metric(llm, "num_preemptions") > 0
+    assert_trees_were_tried(draft_counts(llm), 50)
+
+
+def test_several_samples_of_one_request(
+    engines: Engines, plain: dict[str, list[Sequences]]
+) -> None:
+    def choices(llm: LLM, seed: int | None) -> list[list[tuple[int, ...]]]:
+        params = SamplingParams(n=3, temperature=1.0, seed=seed, max_tokens=24, ignore_eos=True)
+        asked = [{"prompt_token_ids": prompt} for prompt in PROMPTS[:6]]
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        return [[tuple(choice.token_ids) for choice in o.outputs] for o in outputs]
+
+    llm = engines.get(ROUGH, **SETTINGS)
+    ours = choices(llm, 11)
+    unseeded = choices(llm, None)
+    for three in [*ours, *unseeded]:
+        assert len(set(three)) == 3
+    assert choices(llm, None) != unseeded
+    assert choices(engines.get(None, **SETTINGS), 11) == ours
+
+
+def test_without_a_seed_texts_differ(trees: LLM) -> None:
+    """In one batch, and from one call to the next."""
+    params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
+    texts = [generate(trees, [PROMPTS[9]] * 8, [params] * 8) for _ in range(2)]
+    assert len({answer.tokens for batch in texts for answer in batch}) == 16
+
+
+@pytest.mark.parametrize("name", UNSEEDED)
+def test_distribution_with_trees(fixed: LLM, plain: dict[str, list[Sequences]], name: str) -> None:
+    before = draft_counts(fixed)
+    samples = sample(fixed, name)
+    assert_trees_were_tried(draft_counts(fixed) - before, 20)
+    assert p_value(samples, plain[name]) > 0.01
+
+
+def nodes_share_their_parents_seed(patch: pytest.MonkeyPatch) -> None:
+    original = SeedStream.ahead
+    patch.setattr(SeedStream, "ahead", lambda self, count: original(self, 1) * count)
+
+
+def any_child_is_accepted(patch: pytest.MonkeyPatch) -> None:
+    """A sample that some child holds counts as the first child's: the draft biases the text."""
+
+    def walk(trees: list[TokenTree], sampled: np.ndarray) -> Walks:
+        changed, row = np.array(sampled), 0
+        for tree in trees:
+            for parent in range(-1, len(tree)):
+                children = tree.tokens[tree.parents == parent]
+                if changed[row + 1 + parent] in children:
+                    changed[row + 1 + parent] = children[0]
+            row += len(tree) + 1
+        walks = walk_batch(trees, changed)
+        sampled[:] = changed
+        return walks
+
+    patch.setattr(runner_module, "walk_batch", walk)
+
+
+@pytest.mark.parametrize(
+    ("broken", "name"),
+    [
+        (nodes_share_their_parents_seed, "few tokens"),
+        (any_child_is_accepted, "temperature 0.6"),
+    ],
+)
+def test_power(
+    fixed: LLM,
+    plain: dict[str, list[Sequences]],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[pytest.MonkeyPatch], None],
+    name: str,
+) -> None:
+    """Wrong couplings are seen in the distribution."""
+    with monkeypatch.context() as patch:
+        broken(patch)
+        samples = sample(fixed, name)
+    assert p_value(samples, plain[name]) < 0.001
+
+
+def test_power_of_seeds(
+    trees: LLM, expected: dict[str, list[Answer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds that begin with the same noise are too alike for the distribution of a few tokens,
+    but not for seeded text."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedStream, "advance", lambda self, count: None)
+        answers = generate(trees, PROMPTS, seeded("temperature 1"))
+    pairs = zip(answers, expected["temperature 1"], strict=True)
+    assert sum(mine != other for mine, other in pairs) > len(PROMPTS) // 2
+
+
+@pytest.mark.parametrize("name", UNSEEDED)
+def test_distribution_with_chains(
+    engines: Engines, plain: dict[str, list[Sequences]], name: str
+) -> None:
+    llm = engines.get(CHAIN, **SETTINGS)
+    restart(llm)
+    before = draft_counts(llm)
+    samples = sample(llm, name)
+    assert_chains_were_tried(draft_counts(llm) - before, 20)
+    assert p_value(samples, plain[name]) > 0.01
+
+
+def test_seeded_text_with_chains(engines: Engines, expected: dict[str, list[Answer]]) -> None:
+    llm = engines.get(CHAIN, **SETTINGS)
+    for name in ("all together", "mixed"):
+        before = draft_counts(llm)
+        assert generate(llm, PROMPTS, seeded(name)) == expected[name]
+        assert_chains_were_tried(draft_counts(llm) - before, 20)

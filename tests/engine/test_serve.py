@@ -19,6 +19,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from vllm import SamplingParams
 
 from tests.engine.helpers import DEFAULTS, MODEL, ROUGH, Answer, Engines, encode, greedy
 
@@ -34,6 +35,7 @@ TEXTS = [
 MESSAGES = [{"role": "user", "content": "add two numbers"}]
 CHAT = "# user: add two numbers\ndef "
 TOKENS = 48
+SEEDS = (5, 6)
 
 
 @dataclass
@@ -90,15 +92,28 @@ def expected(engines: Engines) -> dict[str, Answer]:
     """What the engine without speculation says, by prompt."""
     texts = [*TEXTS, CHAT]
     params = [greedy(TOKENS, ignore_eos=False)] * len(texts)
-    answers = engines.reference([encode(text) for text in texts], params)
-    engines.close()
-    return dict(zip(texts, answers, strict=True))
+    return dict(
+        zip(texts, engines.reference([encode(text) for text in texts], params), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def sampled(engines: Engines) -> dict[int, str]:
+    """What it says to `TEXTS[0]` with each of `SEEDS`."""
+    params = [SamplingParams(temperature=1.0, max_tokens=TOKENS, seed=seed) for seed in SEEDS]
+    answers = engines.reference([encode(TEXTS[0])] * len(SEEDS), params)
+    assert len(set(answers)) == len(SEEDS)
+    return {seed: answer.text for seed, answer in zip(SEEDS, answers, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def server(
-    expected: dict[str, Answer], tmp_path_factory: pytest.TempPathFactory
+    engines: Engines,
+    expected: dict[str, Answer],
+    sampled: dict[int, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
+    engines.close()
     folder = tmp_path_factory.mktemp("serve")
     port = free_port()
     environment = dict(os.environ)
@@ -171,22 +186,34 @@ def test_concurrent_requests(server: Server, expected: dict[str, Answer]) -> Non
     assert answers == [expected[text].text for text in texts]
 
 
-def test_seed(server: Server) -> None:
-    def ask(seed: int) -> str:
+def test_seed(server: Server, sampled: dict[int, str]) -> None:
+    """As without speculation."""
+    for seed in SEEDS:
         reply = server.client().completions.create(
             model="pystd", prompt=TEXTS[0], max_tokens=TOKENS, temperature=1.0, seed=seed
         )
-        return str(reply.choices[0].text)
+        assert reply.choices[0].text == sampled[seed]
 
-    assert ask(5) == ask(5) != ask(6)
+
+def test_several_choices(server: Server) -> None:
+    def ask(**settings: object) -> list[str]:
+        reply = server.client().completions.create(
+            model="pystd", prompt=TEXTS[0], max_tokens=TOKENS, temperature=1.0, n=3, **settings
+        )
+        return [choice.text for choice in reply.choices]
+
+    seeded, first, second = ask(seed=5), ask(), ask()
+    assert ask(seed=5) == seeded
+    assert len({*seeded, *first, *second}) == 9
 
 
 def test_counters(server: Server) -> None:
     server.complete(TEXTS[1])
     drafted = server.counter("vllm:spec_decode_num_draft_tokens_total")
     accepted = server.counter("vllm:spec_decode_num_accepted_tokens_total")
-    assert server.counter("vllm:spec_decode_num_drafts_total") > 0
-    assert drafted > accepted > 0
+    drafts = server.counter("vllm:spec_decode_num_drafts_total")
+    assert drafted > accepted > drafts
+    assert drafted > ROUGH["depth"] * drafts  # trees: chains are no longer than this
 
 
 def test_client_gone_in_mid_stream(server: Server, expected: dict[str, Answer]) -> None:
@@ -211,9 +238,12 @@ def test_client_gone_in_mid_stream(server: Server, expected: dict[str, Answer]) 
 
 
 def test_unsupported_parameter_is_a_client_error(server: Server) -> None:
-    with pytest.raises(openai.BadRequestError, match="min_p"):
+    with pytest.raises(openai.BadRequestError, match="thinking_token_budget"):
         server.client().completions.create(
-            model="pystd", prompt=TEXTS[0], max_tokens=2, temperature=1, extra_body={"min_p": 0.2}
+            model="pystd",
+            prompt=TEXTS[0],
+            max_tokens=2,
+            extra_body={"thinking_token_budget": 1},
         )
 
 

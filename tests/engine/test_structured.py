@@ -12,9 +12,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.helpers import (
+    CHAIN,
     ROUGH,
     Answer,
     Engines,
+    assert_trees_were_tried,
     draft_counts,
     encode,
     generate,
@@ -86,34 +88,37 @@ def assert_valid(answer: Answer, kind: int) -> None:
         assert answer.text in CHOICE
 
 
-def test_greedy_is_valid_and_equal(engines: Engines) -> None:
-    expected = engines.reference(PROMPTS, params(0), **SETTINGS)
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_valid_and_equal(engines: Engines, temperature: float) -> None:
+    expected = engines.reference(PROMPTS, params(temperature), **SETTINGS)
     llm = engines.get(ROUGH, **SETTINGS)
     before = draft_counts(llm)
-    answers = generate(llm, PROMPTS, params(0))
-    counts = draft_counts(llm) - before
-    assert counts.accepted and counts.rejected
+    answers = generate(llm, PROMPTS, params(temperature))
+    assert_trees_were_tried(draft_counts(llm) - before, 20)
     for answer, kind in zip(answers, KINDS, strict=True):
         assert_valid(answer, kind)
     assert answers == expected
 
 
-def test_constrained_alone_is_accepted_and_rejected(engines: Engines) -> None:
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["json", "regex", "choice"])
+def test_constrained_alone(engines: Engines, kind: int, temperature: float) -> None:
     """Drafts know nothing of the grammar; the ones that fit it are accepted all the same."""
-    chosen = [i for i, kind in enumerate(KINDS) if kind == 0]
-    prompts, asked = [PROMPTS[i] for i in chosen], [params(0)[i] for i in chosen]
+    chosen = [i for i, each in enumerate(KINDS) if each == kind]
+    prompts, asked = [PROMPTS[i] for i in chosen], [params(temperature)[i] for i in chosen]
     expected = engines.reference(prompts, asked, **SETTINGS)
     llm = engines.get(ROUGH, **SETTINGS)
     before = draft_counts(llm)
     assert generate(llm, prompts, asked) == expected
     counts = draft_counts(llm) - before
-    assert counts.accepted and counts.rejected
+    assert counts.accepted
+    if kind < 2:  # what is left of a choice is soon a single path
+        assert counts.trees and counts.wrong
 
 
-def test_sampled_is_valid(engines: Engines) -> None:
-    answers = generate(engines.get(ROUGH, **SETTINGS), PROMPTS, params(1.0))
-    for answer, kind in zip(answers, KINDS, strict=True):
-        assert_valid(answer, kind)
+def test_chains(engines: Engines) -> None:
+    expected = engines.reference(PROMPTS, params(0.8), **SETTINGS)
+    assert generate(engines.get(CHAIN, **SETTINGS), PROMPTS, params(0.8)) == expected
 
 
 def test_a_wrong_schema_is_refused(engines: Engines) -> None:

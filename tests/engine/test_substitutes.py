@@ -13,7 +13,6 @@ from tests.engine.helpers import (
     MODEL,
     ROUGH,
     Engines,
-    draft_fully,
     generate,
     greedy,
     source_prompts,
@@ -45,7 +44,7 @@ def test_a_saved_checkpoint_is_the_substitute(engines: Engines, saved: Path) -> 
     base = {k: v for k, v in ROUGH.items() if k not in ("bits", "quantizer")}
 
     def kernels(options: dict[str, object]) -> list[torch.Tensor]:
-        llm = draft_fully(engines.get({**base, **options}))
+        llm = engines.get({**base, **options})
         assert generate(llm, PROMPTS, PARAMS) == reference
         worker = worker_of(llm)
         substitutes = worker.loading.substitutes
