@@ -3,16 +3,20 @@
 """Token trees against chains and against streaming without speculation, on one engine.
 
     python -m benchmarks.trees [--gib 1.6] [--runs bfloat16:4 bfloat16:8 float32:4] [--tokens 256]
+    python -m benchmarks.trees --runs bfloat16:4 --parts "batch of 4" "equal depth" --update
 
 Every decoder layer is streamed from disk. For each run one process with one engine, on which the
-ways of drafting take turns, prompt by prompt. The first run also measures a depth sweep, a batch of
-4, sampling at temperature 0.6 and fixed beams, which prune nothing. Writes
-benchmarks/results/trees.json; `benchmarks.plot_trees` draws it.
+ways of drafting take turns, prompt by prompt. The first run measures all PARTS: greedy text, a
+batch of 4, sampling at temperature 0.6 beside a fixed beam, which prunes nothing, chain and tree of
+equal depth, and a depth sweep; the others greedy text alone. Writes benchmarks/results/trees.json,
+or with --update replaces the measured parts of it; `benchmarks.plot_trees` draws it.
 """
 
 import argparse
+import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,7 @@ class Measured:
         self.session = Session(checkpoint(args.gib, dtype), options, dtype=dtype)
         self.plan = self.session.call("memory_plan")
         self.prompts = PROMPTS
+        self.singles = [[prompt] for prompt in PROMPTS]
         self.args = args
         self._readers: list[float] = []
         self.session.generate(PROMPTS[:1], 2, speculate=False)
@@ -145,55 +150,69 @@ def headline(measured: Measured) -> dict[str, Any]:
     return result
 
 
-def measure(dtype: str, bits: int, everything: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """One engine: the headline, and with ``everything`` all else."""
-    measured = Measured(dtype, bits, args)
-    singles = [[prompt] for prompt in measured.prompts]
-    result: dict[str, Any] = {
-        "dtype": dtype,
-        "bits": bits,
-        "model_gib": args.gib,
-        "streamed_bytes": measured.plan["store_bytes"],
-        "greedy": headline(measured),
-    }
-    if not everything:
-        return result
-    batch = [measured.prompts]
+def batch_of_4(measured: Measured) -> dict[str, Any]:
+    args, batch = measured.args, [measured.prompts]
     plain = measured.plain(measured.prompts, args.plain_tokens)
-    result["batch of 4"] = {
+    return {
         "plain": {"tokens_per_second": speed(plain)},
-        **measured.ways({"chain": CHAIN, "tree": TREE}, batch, args.tokens // 2),
+        **measured.ways({"chain": CHAIN, "tree": TREE}, batch, args.tokens),
     }
-    result["temperature 0.6"] = measured.ways(
-        {"chain": CHAIN, "tree": TREE, "fixed beam": FULL_BEAM},
-        singles,
-        args.tokens // 2,
-        temperature=0.6,
-        seed=1,
-    )
-    result["equal depth"] = measured.ways(
-        {"chain": FULL_CHAIN, "tree": FULL_BEAM}, singles, args.tokens // 2
-    )
-    result["depths"] = {
+
+
+def sampled(measured: Measured) -> dict[str, Any]:
+    ways = {"chain": CHAIN, "tree": TREE, "fixed beam": FULL_BEAM}
+    tokens = measured.args.tokens // 2
+    return measured.ways(ways, measured.singles, tokens, temperature=0.6, seed=1)
+
+
+def equal_depth(measured: Measured) -> dict[str, Any]:
+    ways = {"chain": FULL_CHAIN, "tree": FULL_BEAM}
+    return measured.ways(ways, measured.singles, measured.args.tokens)
+
+
+def depths(measured: Measured) -> dict[str, Any]:
+    return {
         str(depth): measured.ways(
             {
                 "chain": {"branching": 1, "depth": depth},
                 "tree": {"branching": BRANCHING, "depth": depth},
             },
-            singles[::2],
-            args.tokens // 4,
+            measured.singles[::2],
+            measured.args.tokens // 4,
         )
         for depth in DEPTHS
     }
-    return result
 
 
-def _worker(dtype: str, bits: int, everything: bool, args: argparse.Namespace, out: Any) -> None:
-    out.put(measure(dtype, bits, everything, args))
+PARTS: dict[str, Callable[[Measured], dict[str, Any]]] = {
+    "greedy": headline,
+    "batch of 4": batch_of_4,
+    "temperature 0.6": sampled,
+    "equal depth": equal_depth,
+    "depths": depths,
+}
+
+
+def measure(dtype: str, bits: int, parts: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """``parts`` on one engine."""
+    measured = Measured(dtype, bits, args)
+    return {
+        "dtype": dtype,
+        "bits": bits,
+        "model_gib": args.gib,
+        "streamed_bytes": measured.plan["store_bytes"],
+        **{part: PARTS[part](measured) for part in parts},
+    }
+
+
+def _worker(dtype: str, bits: int, parts: list[str], args: argparse.Namespace, out: Any) -> None:
+    out.put(measure(dtype, bits, parts, args))
 
 
 def show(result: dict[str, Any]) -> None:
     """The headline of one engine, in a few lines."""
+    if "greedy" not in result:
+        return
     greedy = result["greedy"]
     plain = greedy["plain"]["tokens_per_second"]
     print(f"{result['dtype']}, {result['bits']} bits: {plain:.2f} tokens/s without speculation")
@@ -212,23 +231,35 @@ def main() -> int:
     parser.add_argument("--runs", nargs="+", default=["bfloat16:4", "bfloat16:8", "float32:4"])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--plain-tokens", type=int, default=12)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="of every run")
+    parser.add_argument("--update", action="store_true", help="keep what is not measured now")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    results = []
+    known: dict[str, Any] = {"environments": {}, "results": []}
+    if args.update:
+        known = json.loads(args.out.read_text())
     context = multiprocessing.get_context("spawn")
     for number, run in enumerate(args.runs):
         dtype, bits = run.split(":")
+        parts = args.parts or (["greedy"] if number else [*PARTS])
         queue: Any = context.Queue()
-        process = context.Process(target=_worker, args=(dtype, int(bits), not number, args, queue))
+        process = context.Process(target=_worker, args=(dtype, int(bits), parts, args, queue))
         process.start()
         while process.is_alive() and queue.empty():
             time.sleep(1)
         if queue.empty():
             return 1
-        results.append(queue.get())
+        result = queue.get()
         process.join()
-        show(results[-1])
-        report.write(args.out, {"environment": report.environment(), "results": results})
+        show(result)
+        same = [r for r in known["results"] if (r["dtype"], r["bits"]) == (dtype, int(bits))]
+        if same:
+            same[0].update(result)
+        else:
+            known["results"].append(result)
+        measured = dict.fromkeys(parts, report.environment())
+        known["environments"].setdefault(run, {}).update(measured)
+        report.write(args.out, known)
     return 0
 
 
