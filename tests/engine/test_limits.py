@@ -118,6 +118,21 @@ def test_a_budget_that_cuts_trees(engines: Engines, references: dict[str, list[A
     assert_trees_were_tried(draft_counts(llm), 30)
 
 
+def test_a_cached_prompt_beside_others(engines: Engines) -> None:
+    """Of which one token is left to compute, where the budget is smaller than a draft may be: a
+    scheduler that pads it with a draft's worth of nothing would never come to it."""
+    (prompt,) = source_prompts(1, 65, 65)
+    others = source_prompts(3, 5, 20)
+    params = [greedy(40)] * 4
+    settings = TIGHT | {"max_num_batched_tokens": 48}
+    expected = engines.reference([*others, prompt], params, **settings)
+    llm = engines.get({**ROUGH, "num_speculative_tokens": 64, "depth": 24}, **settings)
+    assert generate(llm, [prompt], params[:1]) == expected[3:]
+    hits = metric(llm, "prefix_cache_hits")
+    assert generate(llm, [*others, prompt], params) == expected
+    assert metric(llm, "prefix_cache_hits") - hits == 64
+
+
 def test_trees_of_hundreds_of_nodes(engines: Engines) -> None:
     """Verified in one pass each, greedy and sampled."""
     prompts = source_prompts(4, 40, 300)
