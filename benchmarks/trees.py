@@ -27,10 +27,10 @@ RESULT = Path(__file__).resolve().parent / "results" / "trees.json"
 
 DEPTH, BRANCHING = 48, 6
 DEPTHS = (4, 8, 16, 32, 48, 64)
-CHAIN = {"branching": 1, "depth": DEPTH}
-TREE = {"branching": BRANCHING, "depth": DEPTH}
-FULL_CHAIN = {**CHAIN, "pruning": "none"}
-FULL_BEAM = {**TREE, "pruning": "none"}
+CHAIN: dict[str, Any] = {"branching": 1, "depth": DEPTH}
+TREE: dict[str, Any] = {"branching": BRANCHING, "depth": DEPTH}
+FULL_CHAIN: dict[str, Any] = {**CHAIN, "pruning": "none"}
+FULL_BEAM: dict[str, Any] = {**TREE, "pruning": "none"}
 
 
 class Measured:
