@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""The options of ``--speculative-config '{"method": "subspec", ...}'``, parsed once.
+"""The options of ``--speculative-config '{"method": "subspec" | "hierspec", ...}'``, parsed once.
 
 Refusals that need vLLM's own configuration (parallelism, model family) are made elsewhere; this
 module refuses what is wrong in the options themselves, before any weight is loaded.
@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -35,20 +35,199 @@ def _looks_local(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or path in (".", "..") or path.count("/") > 1
 
 
+def _directory_or_name(value: str | None) -> str | None:
+    """An existing directory becomes absolute; what can only be a directory must exist."""
+    if value is None:
+        return None
+    path = os.path.abspath(os.path.expanduser(value))
+    if os.path.isdir(path):
+        return path
+    if _looks_local(value):
+        raise ValueError("no such directory")
+    return value
+
+
+def _refuse_unknown(
+    model: type[BaseModel], options: Mapping[str, Any], prefix: str, method: str
+) -> None:
+    unknown = [key for key in options if key not in model.model_fields]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), model.model_fields, n=1)
+        hint = f'did you mean "{prefix}{near[0]}"?' if near else ""
+        hint = hint or f"known: {', '.join(prefix + name for name in model.model_fields)}"
+        raise ValueError(
+            f'speculative_config has no key "{prefix}{unknown[0]}" for {method}; {hint}'
+        )
+
+
 LayerIndices = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_list_to_tuple)
 ]
 
 
-class SubspecOptions(BaseModel):
-    """Typed options. ``description`` of a field is what its error message says is allowed.
+class DrafterOptions(BaseModel):
+    """What drafts for an intermediate model, or for the target itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    method: Literal["ngram", "draft_model", "eagle", "eagle3"] = Field(
+        description='"ngram", "draft_model", "eagle" or "eagle3"'
+    )
+    model: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description='an existing directory or a model name; nothing with "ngram"'
+    )
+    depth: int = Field(3, ge=1, le=64, description="an integer from 1 to 64")
+    branching: int = Field(10, ge=1, le=64, description="an integer from 1 to 64")
+    nodes: int = Field(30, ge=1, le=256, description="an integer from 1 to 256")
+    prompt_lookup_min: int = Field(
+        2, ge=1, le=64, description='an integer from 1 to "prompt_lookup_max", with "ngram"'
+    )
+    prompt_lookup_max: int = Field(
+        5, ge=1, le=64, description='an integer from 1 to 64, with "ngram"'
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _existing(cls, value: str | None) -> str | None:
+        return _directory_or_name(value)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.method == "ngram" and self.model is not None:
+            raise ValueError(
+                'speculative_config key "drafter.model" is set, but "ngram" needs no model: remove '
+                'it, or choose the method "draft_model"'
+            )
+        if self.method != "ngram" and self.model is None:
+            raise ValueError(
+                f'speculative_config key "drafter.model" is missing: "{self.method}" needs a model'
+            )
+        for key in ("prompt_lookup_min", "prompt_lookup_max"):
+            changed = getattr(self, key) != type(self).model_fields[key].default
+            if changed and self.method != "ngram":
+                raise ValueError(
+                    f'speculative_config key "drafter.{key}" is for the method "ngram", not '
+                    f'"{self.method}": remove it'
+                )
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f'speculative_config key "drafter.prompt_lookup_min" is {self.prompt_lookup_min}; '
+                f'allowed: up to "prompt_lookup_max", {self.prompt_lookup_max}'
+            )
+        return self
+
+
+class DraftingOptions(BaseModel):
+    """What both methods have in common. ``description`` of a field is what its error message says
+    is allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    METHOD: ClassVar[str]
+    SEQUENCE: ClassVar[int]
+    """Tokens that a hierarchy drafts before it knows what pays, unless told otherwise."""
+
+    num_speculative_tokens: int
+    pruning: Literal["dynamic", "none"] = Field(
+        "dynamic",
+        description='"dynamic" (drop what costs more than it is expected to gain) or "none" (a '
+        "full draft in every round)",
+    )
+    draft_temperature: float = Field(0.2, gt=0, allow_inf_nan=False, description="a number above 0")
+    drafter: DrafterOptions | None = Field(None, description='a mapping with a "method", or null')
+    min_draft_length: Annotated[int, Field(ge=1)] | None = Field(
+        None, description='an integer from 1 to "num_speculative_tokens", or null'
+    )
+
+    @model_validator(mode="after")
+    def _room_for_a_sequence(self) -> Self:
+        if self.min_draft_length is None:
+            return self
+        if self.drafter is None:
+            raise ValueError(
+                'speculative_config key "min_draft_length" is for a hierarchy: set "drafter" too, '
+                "or remove it"
+            )
+        if self.min_draft_length > self.num_speculative_tokens:
+            raise ValueError(
+                f'speculative_config key "min_draft_length" is {self.min_draft_length}; allowed: '
+                f'up to "num_speculative_tokens", {self.num_speculative_tokens}'
+            )
+        return self
+
+    @property
+    def limit(self) -> int:
+        """Draft tokens of a request that the target verifies in a round, at most."""
+        return self.num_speculative_tokens
+
+    @property
+    def sequence_length(self) -> int:
+        return self.min_draft_length or min(self.SEQUENCE, self.num_speculative_tokens)
+
+    @property
+    def trees(self) -> bool:
+        """Whether any pass may verify or grow a tree that is no chain."""
+        raise NotImplementedError
+
+    @property
+    def lookahead(self) -> int:
+        """Slots behind the committed tokens that drafting may write."""
+        raise NotImplementedError
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> Self:
+        """Options from a ``--speculative-config`` mapping without its ``method``.
+
+        Raises:
+            ValueError: one sentence that names the key, its value and what is allowed; for an
+                unknown key, the nearest known one.
+        """
+        _refuse_unknown(cls, options, "", cls.METHOD)
+        drafter = options.get("drafter")
+        if isinstance(drafter, Mapping):
+            _refuse_unknown(DrafterOptions, drafter, "drafter.", cls.METHOD)
+        try:
+            return cls.model_validate(dict(options))
+        except ValidationError as error:
+            raise ValueError(cls._sentence(error, options)) from None
+
+    @classmethod
+    def _sentence(cls, error: ValidationError, options: Mapping[str, Any]) -> str:
+        first = error.errors()[0]
+        if (
+            "ctx" in first
+            and "error" in first["ctx"]
+            and str(first["ctx"]["error"]).startswith("speculative_config")
+        ):  # a check across keys writes its own sentence
+            return str(first["ctx"]["error"])
+        field, value = cls.model_fields[str(first["loc"][0])], options.get(str(first["loc"][0]))
+        key = str(first["loc"][0])
+        if key == "drafter" and isinstance(value, Mapping) and len(first["loc"]) > 1:
+            inner = str(first["loc"][1])
+            field, value = DrafterOptions.model_fields[inner], value.get(inner)
+            key = f"drafter.{inner}"
+        if first["type"] == "missing":
+            return f'speculative_config key "{key}" is missing; allowed: {field.description}'
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        return f'speculative_config key "{key}" is {shown}; allowed: {field.description}'
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form of every option; ``parse`` of it gives an equal object."""
+        return self.model_dump(mode="json")
+
+
+class SubspecOptions(DraftingOptions):
+    """SubSpec: the target's own substitutes draft while its full weights are streamed.
 
     ``num_speculative_tokens`` bounds the nodes of a request's tree, ``depth`` its levels and
     ``branching`` the nodes of a level. They are upper limits: with dynamic pruning the cost model
     (``core/cost.py``) stops earlier, and drafts narrower, where more does not pay.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    METHOD = "subspec"
+    SEQUENCE = 24
 
     num_speculative_tokens: int = Field(
         128,
@@ -64,11 +243,6 @@ class SubspecOptions(BaseModel):
         ge=1,
         le=MAX_SPECULATIVE_TOKENS,
         description=f"an integer from 1 to {MAX_SPECULATIVE_TOKENS}",
-    )
-    pruning: Literal["dynamic", "none"] = Field(
-        "dynamic",
-        description='"dynamic" (drop what costs more than it is expected to gain) or "none" (a '
-        "full beam in every round)",
     )
     bits: Literal[2, 3, 4, 8] = Field(4, description="2, 3, 4 or 8")
     group_size: Literal[16, 32, 64, 128, 256, -1] | None = Field(
@@ -95,7 +269,6 @@ class SubspecOptions(BaseModel):
         description="an integer from 2 (one layer computes while the next one loads) or null for "
         "automatic",
     )
-    draft_temperature: float = Field(0.2, gt=0, allow_inf_nan=False, description="a number above 0")
     substitute: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="an existing directory or a model name, of a low-bit checkpoint of the same "
@@ -127,14 +300,7 @@ class SubspecOptions(BaseModel):
     @field_validator("substitute")
     @classmethod
     def _existing_substitute(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        path = os.path.abspath(os.path.expanduser(value))
-        if os.path.isdir(path):
-            return path
-        if _looks_local(value):
-            raise ValueError("no such directory")
-        return value
+        return _directory_or_name(value)
 
     @model_validator(mode="after")
     def _substitute_is_already_quantised(self) -> Self:
@@ -148,41 +314,13 @@ class SubspecOptions(BaseModel):
                     )
         return self
 
-    @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> Self:
-        """Options from a ``--speculative-config`` mapping without its ``method``.
+    @property
+    def trees(self) -> bool:
+        return max(self.branching, self.drafter.branching if self.drafter else 1) > 1
 
-        Raises:
-            ValueError: one sentence that names the key, its value and what is allowed; for an
-                unknown key, the nearest known one.
-        """
-        unknown = [key for key in options if key not in cls.model_fields]
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(cls.model_fields)}"
-            raise ValueError(f'speculative_config has no key "{unknown[0]}" for subspec; {hint}')
-        try:
-            return cls.model_validate(dict(options))
-        except ValidationError as error:
-            raise ValueError(cls._sentence(error, options)) from None
-
-    @classmethod
-    def _sentence(cls, error: ValidationError, options: Mapping[str, Any]) -> str:
-        first = error.errors()[0]
-        if not first["loc"]:  # a check across keys writes its own sentence
-            return str(first["ctx"]["error"])
-        key = str(first["loc"][0])
-        value = repr(options[key])
-        if len(value) > 120:
-            value = value[:117] + "..."
-        return (
-            f'speculative_config key "{key}" is {value}; allowed: '
-            f"{cls.model_fields[key].description}"
-        )
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form of every option; ``parse`` of it gives an equal object."""
-        return self.model_dump(mode="json")
+    @property
+    def lookahead(self) -> int:
+        return self.num_speculative_tokens + (self.drafter.nodes if self.drafter else 0)
 
     def store_path(self) -> Path:
         """Directory of the weight stores: ``store_dir``, or ``subspec`` in vLLM's cache root."""
@@ -191,3 +329,47 @@ class SubspecOptions(BaseModel):
         from vllm import envs  # heavy, and not needed to check options
 
         return Path(envs.VLLM_CACHE_ROOT) / "subspec"
+
+
+class HierspecOptions(DraftingOptions):
+    """HierSpec: an intermediate model turns a drafter's trees into a sequence for the target."""
+
+    METHOD = "hierspec"
+    SEQUENCE = 6
+
+    num_speculative_tokens: int = Field(
+        32,
+        ge=1,
+        le=MAX_SPECULATIVE_TOKENS,
+        description=f"an integer from 1 to {MAX_SPECULATIVE_TOKENS}",
+    )
+    intermediate: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="an existing directory or a model name, or null (the target itself verifies "
+        "the drafter's trees)",
+    )
+    drafter: DrafterOptions = Field(description='a mapping with a "method"')
+
+    @field_validator("intermediate")
+    @classmethod
+    def _existing(cls, value: str | None) -> str | None:
+        return _directory_or_name(value)
+
+    @property
+    def limit(self) -> int:
+        if self.intermediate is not None:
+            return self.num_speculative_tokens
+        return min(self.num_speculative_tokens, self.drafter.nodes)
+
+    @property
+    def trees(self) -> bool:
+        return self.drafter.branching > 1
+
+    @property
+    def lookahead(self) -> int:
+        return self.num_speculative_tokens + (self.drafter.nodes if self.intermediate else 0)
+
+
+METHODS: dict[str, type[SubspecOptions] | type[HierspecOptions]] = {
+    options.METHOD: options for options in (SubspecOptions, HierspecOptions)
+}

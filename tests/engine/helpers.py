@@ -21,7 +21,8 @@ from vllm.tokenizers import get_tokenizer
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.plan import MemoryPlan
 
-MODEL = Path(__file__).resolve().parents[2] / "models" / "pystd-6m"
+MODELS = Path(__file__).resolve().parents[2] / "models"
+MODEL = MODELS / "pystd-6m"
 LAYERS = 6
 
 Settings = Mapping[str, Any]
@@ -134,7 +135,8 @@ class Engines:
             speculative: the ``speculative_config``; None for no speculation.
         """
         if speculative is not None:
-            speculative = {"store_dir": str(self.store_dir), **speculative}
+            if speculative["method"] == "subspec":
+                speculative = {"store_dir": str(self.store_dir), **speculative}
         given = {**DEFAULTS, **settings, "model": str(model), "speculative_config": speculative}
         key = json.dumps(given, sort_keys=True)
         if self._llm is None or key != self._key:
@@ -324,19 +326,28 @@ def scheduler_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def kv_pages(llm: LLM, request_id: str, start: int, end: int) -> torch.Tensor:
+def kv_pages(
+    llm: LLM, request_id: str, start: int, end: int, prefix: str = "model."
+) -> torch.Tensor:
     """K and V of a running request at positions ``start`` to ``end``,
-    ``[layers, 2, kv_heads, end - start, head_size]``."""
+    ``[layers, 2, kv_heads, end - start, head_size]``.
+
+    Args:
+        prefix: of the names of the model's attention layers; the target's, unless given.
+    """
     runner = worker_of(llm).model_runner
     row = runner.input_batch.req_id_to_index[request_id]
     table = runner.input_batch.block_table[0]
     blocks = torch.as_tensor(table.get_numpy_array()[row, : -(-end // table.block_size)])
-    layer = next(iter(runner.attn_groups[0][0].layer_names))
-    isa = runner.vllm_config.compilation_config.static_forward_context[layer].isa
-    size = runner.kv_caches[0].shape[-1] // 2
-    order = _page_order(table.block_size, size, isa)
+    names = [name for group in runner.attn_groups[0] for name in group.layer_names]
+    context = runner.vllm_config.compilation_config.static_forward_context
     layers = []
-    for cache in runner.kv_caches:  # [blocks, kv_heads, block_size, 2 * head_size]
+    for name in sorted(names):
+        if not name.startswith(prefix):
+            continue
+        cache = context[name].kv_cache  # [blocks, kv_heads, block_size, 2 * head_size]
+        size = cache.shape[-1] // 2
+        order = _page_order(table.block_size, size, context[name].isa)
         heads = cache[blocks].flatten(2).unflatten(2, (2, -1))
         pages = torch.stack([heads[:, :, side, order[side]] for side in range(2)])
         pages = pages.unflatten(3, (table.block_size, size)).transpose(1, 2).flatten(2, 3)

@@ -149,13 +149,14 @@ def test_the_target_is_never_altered(engines: Engines) -> None:
     draft = build_draft(target, substitutes)
 
     assert not _differences(before, _snapshot(target))
-    served, worker.proposer._draft = worker.proposer._draft, draft
+    substitute = worker.proposer._models._intermediate[0]
+    served, substitute._module = substitute._module, draft
     drafted = draft_counts(llm)
     generate(llm, PROMPTS, PARAMS)
     assert (draft_counts(llm) - drafted).accepted > 0
     _settle(llm)
     assert not _differences(before, _snapshot(target))
-    worker.proposer._draft = served
+    substitute._module = served
     del draft
     gc.collect()
     assert not _differences(before, _snapshot(target))
@@ -164,7 +165,8 @@ def test_the_target_is_never_altered(engines: Engines) -> None:
 def test_the_draft_shares_all_but_the_substitutes(engines: Engines) -> None:
     llm = engines.get({**ROUGH, "resident_weights_gib": resident_gib(3)})
     worker = worker_of(llm)
-    target, draft = worker.model_runner.model, worker.proposer._draft
+    target = worker.model_runner.model
+    draft = worker.proposer._models._intermediate[0]._module
     ours, theirs = dict(target.named_modules()), dict(draft.named_modules())
     replaced = {name for name, module in ours.items() if module in worker.loading.substitutes}
     assert ours.keys() == theirs.keys()

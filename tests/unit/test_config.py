@@ -132,7 +132,7 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
 
 
 def test_unknown_key_like_none_lists_the_known() -> None:
-    with pytest.raises(ValueError, match='no key "zzz".*known: num_speculative_tokens, branching'):
+    with pytest.raises(ValueError, match='no key "zzz".*known: num_speculative_tokens, pruning'):
         SubspecOptions.parse({"zzz": 1})
 
 

@@ -119,7 +119,7 @@ class Beam:
         """
         frontier = self.frontier
         self._slots -= np.bincount(frontier.rows, minlength=self._slots.size)
-        tokens, logs = _best_tokens(logits, self._sharpness, self._branching)
+        tokens, logs = best_tokens(logits, self._sharpness, self._branching)
         confidence = _confidence(np.exp(logs))
         survival = frontier.survival[:, None] * self._acceptance.children(confidence)
         width = tokens.shape[1]
@@ -214,7 +214,7 @@ def grow(
         beam.extend(expand(beam.frontier))
 
 
-def _best_tokens(logits: torch.Tensor, sharpness: float, count: int) -> tuple[Ints, Floats]:
+def best_tokens(logits: torch.Tensor, sharpness: float, count: int) -> tuple[Ints, Floats]:
     """Of each row of ``logits`` [m, vocab] the best tokens and the logs of their sharpened
     probabilities, [m, min(count, vocab)], best first. The first is the argmax, also in a tie."""
     values, tokens = logits, torch.arange(logits.shape[1], device=logits.device)

@@ -38,16 +38,17 @@ def uninstall(device: torch.device) -> None:
     selector._cached_get_attn_backend.cache_clear()
 
 
-def check(device: torch.device, layers: Mapping[str, Any]) -> None:
+def check(device: torch.device, layers: Mapping[str, Any], method: str) -> None:
     """Raises ValueError, in one sentence, if trees cannot run on one of vLLM's attention layers.
 
     Args:
         layers: by their names.
+        method: the engine's.
     """
     for name, layer in layers.items():
         if feature := _platform(device).refusal(layer.impl):
             raise ValueError(
-                f'method "subspec" drafts token trees, but {name} has {feature}, which tree '
+                f'method "{method}" drafts token trees, but {name} has {feature}, which tree '
                 'attention cannot do: set "branching" to 1'
             )
 

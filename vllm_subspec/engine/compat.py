@@ -30,7 +30,7 @@ from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.grammar_walk import best_path, fill_masks, valid_nodes
 from vllm_subspec.engine import refusals
 from vllm_subspec.engine.failure import FailedOutput, fail_requests
-from vllm_subspec.engine.method import PROPOSER
+from vllm_subspec.engine.method import PROPOSER, options_of
 
 _MARK = "_vllm_subspec_patch"
 
@@ -67,9 +67,9 @@ def _lookahead() -> None:
         assert read is not None
 
         def num_lookahead_tokens(self: VllmConfig) -> int:
-            extra = self.additional_config
-            if isinstance(extra, dict) and "subspec" in extra:
-                return self.num_speculative_tokens
+            options = options_of(self)
+            if options is not None:
+                return options.lookahead
             lookahead: int = read(self)
             return lookahead
 

@@ -1,58 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Forwards of the draft on the target's own KV pages.
+"""Growing trees on KV pages, level by level.
 
 A draft step computes the next level's logits at the frontier of every drafting row, all rows in one
 batch. Each node that is expanded gets the next free slot of its row, the root the first one, at or
 above the root's position: in the slots that the scheduler reserved behind the committed tokens (the
-lookahead). The verification that follows writes the target's K/V over what it needs of them.
+lookahead). On the target's own pages the verification that follows writes the target's K/V over
+what it needs of them.
 """
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
-from vllm.forward_context import set_forward_context
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_subspec.core.growth import Nodes
 from vllm_subspec.core.tree_attention import TreeRows
-from vllm_subspec.engine import attention
+from vllm_subspec.drafters.base import ComputedRow, DraftRow
+from vllm_subspec.engine.coverage import Coverage
+from vllm_subspec.engine.paged_model import PagedModel, Queries
 
-if TYPE_CHECKING:
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+class TreeModel:
+    """A draft model: the target's substitute, or a model with pages of its own.
+
+    Args:
+        model: of one KV group with the target.
+        coverage: of its pages.
+    """
+
+    def __init__(self, model: PagedModel, coverage: Coverage) -> None:
+        self._model = model
+        self._coverage = coverage
+
+    def begin(self, rows: list[DraftRow]) -> tuple["DraftForward", npt.NDArray[np.bool_]]:
+        forward = DraftForward(
+            self._model, rows, [self._coverage.of(row.request_id, row.position) for row in rows]
+        )
+        for row in rows:
+            self._coverage.reach(row.request_id, row.position + 1)
+        return forward, np.ones(len(rows), np.bool_)
+
+    def follow(self, rows: list[ComputedRow]) -> None:
+        self._model.follow(self._coverage, rows)
 
 
 class DraftForward:
     """The rows of one round and the forwards over their frontiers.
 
     Args:
-        runner: the target's model runner, after `initialize_kv_cache`.
-        draft: the draft's module tree (`weights.substitute.build_draft`).
-        rows: ``[n]`` indices into the runner's batch of the rows that draft.
-        positions: ``[n]`` position of each row's root, the newest token, whose K/V does not
-            exist yet.
-        slots: ``[n]`` nodes that each row may expand, the root included.
+        model: whose K/V may be missing for the newest tokens before a row's root.
+        rows: that draft.
+        begins: [rows] first place of each row whose K/V is missing.
+        ahead: places by which a token stands behind its K/V.
     """
 
     def __init__(
-        self,
-        runner: "GPUModelRunner",
-        draft: nn.Module,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        slots: np.ndarray,
+        self, model: PagedModel, rows: list[DraftRow], begins: list[int], ahead: int = 0
     ) -> None:
-        self._runner = runner
-        self._draft: Any = draft  # a vLLM model: its interface is not a class's
-        self._roots = positions
-        table = runner.input_batch.block_table[0]
-        self._block_size = table.block_size
-        self._blocks = table.get_numpy_array()[rows]
-        index = torch.as_tensor(rows, dtype=torch.int64, device=runner.device)
-        self._block_table = table.get_device_tensor(runner.input_batch.num_reqs)[index]
-        most = int(slots.max())
+        self._model = model
+        self._texts = [row.history[b + ahead :] for row, b in zip(rows, begins, strict=True)]
+        self._begins = begins
+        self._index = np.array([row.index for row in rows])
+        self._roots = np.array([row.position - ahead for row in rows])
+        most = max(row.slots for row in rows)
         self._used = np.zeros(len(rows), np.int64)
         # What each expanded node, by its slot behind the committed tokens, attends to there.
         self._seen = np.zeros((len(rows), most, most), np.bool_)
@@ -68,14 +78,31 @@ class DraftForward:
         rows, counts = np.unique(nodes.rows, return_counts=True)
         starts = np.append(0, np.cumsum(counts))
         slots = self._take_slots(nodes, np.arange(nodes.rows.size) - starts[:-1].repeat(counts))
-        places = self._roots[nodes.rows] + slots
-        blocks = self._blocks[nodes.rows, places // self._block_size].astype(np.int64)
-        slot_mapping = blocks * self._block_size + places % self._block_size
-        logits = self._forward(
-            nodes.tokens, self._roots[nodes.rows] + self._depth, slot_mapping, rows, starts, slots
-        )
+        if self._depth == 0:
+            # What lacks K/V before the roots gets it.
+            texts = [self._texts[row] for row in rows]
+            queries = Queries.of_sequences(
+                self._index[rows].tolist(), texts, [self._begins[row] for row in rows]
+            )
+            wanted = queries.starts[1:] - 1
+        else:
+            queries = Queries(
+                rows=self._index[rows],
+                starts=starts,
+                tokens=nodes.tokens,
+                positions=self._roots[nodes.rows] + self._depth,
+                places=self._roots[nodes.rows] + slots,
+                lengths=self._roots[rows] + self._used[rows],
+                trees=self._trees(rows, starts, slots),
+            )
+            wanted = np.arange(nodes.rows.size)
+        hidden = self._run(queries, nodes, wanted)
         self._depth += 1
-        return logits
+        return self._model.logits(hidden)
+
+    def _run(self, queries: Queries, nodes: Nodes, wanted: np.ndarray) -> torch.Tensor:
+        """Hidden states ``[m, hidden]`` after ``nodes``, the ``wanted`` [m] of the queries."""
+        return self._model.run(queries)[0][torch.as_tensor(wanted)]
 
     def _take_slots(self, nodes: Nodes, rank: np.ndarray) -> np.ndarray:
         """[m] the slots of ``nodes``, the ``rank``-th of their row in this step."""
@@ -101,51 +128,3 @@ class DraftForward:
                 found.append((i, int(self._roots[row]), torch.from_numpy(mask)))
         indices, prefixes, masks = zip(*found, strict=True) if found else ((), (), ())
         return TreeRows(indices, prefixes, masks)
-
-    def _forward(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        slot_mapping: np.ndarray,
-        rows: np.ndarray,
-        starts: np.ndarray,
-        slots: np.ndarray,
-    ) -> torch.Tensor:
-        runner, device = self._runner, self._runner.device
-        n = tokens.size
-        host_starts = torch.as_tensor(starts, dtype=torch.int32)
-        host_lens = torch.as_tensor(self._roots[rows] + self._used[rows], dtype=torch.int32)
-        where = torch.as_tensor(positions, device=device)
-        mapping = torch.as_tensor(slot_mapping, device=device)
-        chosen = torch.as_tensor(rows, device=device)
-        metadata = CommonAttentionMetadata(
-            query_start_loc=host_starts.to(device, non_blocking=True),
-            query_start_loc_cpu=host_starts,
-            seq_lens=host_lens.to(device, non_blocking=True),
-            num_reqs=rows.size,
-            num_actual_tokens=n,
-            max_query_len=int(np.diff(starts).max()),
-            max_seq_len=int(host_lens.max()),
-            block_table_tensor=self._block_table[chosen],
-            slot_mapping=mapping,
-            causal=True,
-            positions=where,
-            is_prefilling=torch.zeros(rows.size, dtype=torch.bool),
-            seq_lens_cpu_upper_bound=host_lens,
-        )
-        per_layer = {}
-        for group in runner.attn_groups[0]:
-            built = group.get_metadata_builder(0).build(0, metadata)
-            per_layer.update(dict.fromkeys(group.layer_names, built))
-        trees = self._trees(rows, starts, slots)
-        attention.attach(runner.attn_groups[0], per_layer, trees, starts.tolist())
-        with set_forward_context(
-            per_layer,
-            runner.vllm_config,
-            num_tokens=n,
-            slot_mapping=dict.fromkeys(per_layer, mapping),
-            skip_compiled=True,
-        ):
-            hidden = self._draft(input_ids=torch.as_tensor(tokens, device=device), positions=where)
-        logits: torch.Tensor = self._draft.compute_logits(hidden)
-        return logits

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Makes ``{"method": "subspec"}`` known to vLLM.
+"""Makes ``{"method": "subspec"}`` and ``{"method": "hierspec"}`` known to vLLM.
 
 vLLM's set of methods is closed and refuses unknown keys, so the dict is rewritten where the
 engine's arguments become its configuration: the method becomes ``custom_class`` with our proposer,
@@ -11,21 +11,39 @@ and part of the compilation hash), and the worker class becomes ours.
 import functools
 from typing import Any
 
-from vllm.config import CUDAGraphMode, ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config import (
+    CUDAGraphMode,
+    ModelConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_subspec.config import SubspecOptions
-from vllm_subspec.engine import refusals
+from vllm_subspec.config import METHODS, HierspecOptions, SubspecOptions
+from vllm_subspec.engine import draft_configs, refusals
 
 _MARK = "_vllm_subspec_method"
 
-METHOD = "subspec"
-PROPOSER = "vllm_subspec.engine.proposer.SubspecProposer"
+KEY = "subspec"
+"""Of our options in ``additional_config``."""
+PROPOSER = "vllm_subspec.engine.proposer.DraftProposer"
 WORKERS = {
-    "cpu": "vllm_subspec.engine.worker.SubspecCPUWorker",
-    "cuda": "vllm_subspec.engine.worker.SubspecGPUWorker",
+    ("subspec", "cpu"): "vllm_subspec.engine.worker.SubspecCPUWorker",
+    ("subspec", "cuda"): "vllm_subspec.engine.worker.SubspecGPUWorker",
+    ("hierspec", "cpu"): "vllm_subspec.engine.worker.HierspecCPUWorker",
+    ("hierspec", "cuda"): "vllm_subspec.engine.worker.HierspecGPUWorker",
 }
+
+
+def options_of(config: VllmConfig) -> SubspecOptions | HierspecOptions | None:
+    """The options of an engine that drafts by one of our methods; None of any other."""
+    extra = config.additional_config
+    if not isinstance(extra, dict) or KEY not in extra:
+        return None
+    given = dict(extra[KEY])
+    return METHODS[given.pop("method")].parse(given)
 
 
 def install() -> None:
@@ -41,15 +59,16 @@ def install() -> None:
         target_parallel_config: ParallelConfig,
     ) -> SpeculativeConfig | None:
         given = dict(self.speculative_config or {})
-        if METHOD in (given.get("method"), self.spec_method):
-            _rewrite(self, given, target_model_config, target_parallel_config)
+        method = given.get("method", self.spec_method)
+        if method in METHODS:
+            _rewrite(self, method, given, target_model_config, target_parallel_config)
         return original(self, target_model_config, target_parallel_config)
 
     setattr(create_speculative_config, _MARK, True)
     EngineArgs.create_speculative_config = create_speculative_config
 
 
-def _use_piecewise_graphs(args: EngineArgs) -> None:
+def _use_piecewise_graphs(args: EngineArgs, method: str) -> None:
     """A captured graph cannot wait for a copy that was issued outside it: graphs must end there.
 
     The worker adds our operators to those at which vLLM cuts its graphs.
@@ -57,7 +76,7 @@ def _use_piecewise_graphs(args: EngineArgs) -> None:
     compilation = args.compilation_config
     if compilation.cudagraph_mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY):
         raise ValueError(
-            'method "subspec" needs CUDA graphs in pieces, but cudagraph_mode is '
+            f'method "{method}" needs CUDA graphs in pieces, but cudagraph_mode is '
             f"{compilation.cudagraph_mode.name}: set it to PIECEWISE or NONE"
         )
     if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
@@ -66,6 +85,7 @@ def _use_piecewise_graphs(args: EngineArgs) -> None:
 
 def _rewrite(
     args: EngineArgs,
+    method: str,
     given: dict[str, Any],
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
@@ -73,17 +93,19 @@ def _rewrite(
     given.pop("method", None)
     if args.spec_tokens is not None:
         given.setdefault("num_speculative_tokens", args.spec_tokens)
-    options = SubspecOptions.parse({key.replace("-", "_"): v for key, v in given.items()})
-    worker = WORKERS.get(current_platform.device_type)
+    options = METHODS[method].parse({key.replace("-", "_"): v for key, v in given.items()})
+    worker = WORKERS.get((method, current_platform.device_type))
     if worker is None:
         raise ValueError(
-            f'method "subspec" runs on CPU and CUDA, not on {current_platform.device_type}'
+            f'method "{method}" runs on CPU and CUDA, not on {current_platform.device_type}'
         )
-    refusals.check(args, model_config, parallel_config)
+    refusals.check(method, args, model_config, parallel_config)
+    draft_configs.check(options, model_config, parallel_config)
     if current_platform.is_cuda():
-        _use_piecewise_graphs(args)
+        _use_piecewise_graphs(args, method)
     parallel_config.worker_cls = worker
-    args.additional_config = {**(args.additional_config or {}), METHOD: options.to_json_dict()}
+    ours = {"method": method, **options.to_json_dict()}
+    args.additional_config = {**(args.additional_config or {}), KEY: ours}
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.speculative_config = {
         "method": "custom_class",

@@ -9,7 +9,8 @@ verify and emit: one row near its end shortens only its own draft.
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,13 +18,11 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
-from vllm_subspec.config import SubspecOptions
-from vllm_subspec.core.acceptance import verdicts
-from vllm_subspec.core.cost import DepthController, FullGrowth, Round
+from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
-from vllm_subspec.drafters.base import DraftRow
-from vllm_subspec.drafters.substitute import SubstituteDrafter
-from vllm_subspec.engine.draft_forward import DraftForward
+from vllm_subspec.drafters.base import ComputedRow, Drafter, DraftRow
+from vllm_subspec.engine.drafting import Models, Pruning
+from vllm_subspec.engine.method import options_of
 from vllm_subspec.engine.metrics import DraftingStats
 from vllm_subspec.engine.verification import Verification
 
@@ -31,42 +30,58 @@ if TYPE_CHECKING:
     from vllm_subspec.engine.runner import TreeRunner
 
 
-class SubspecProposer:
+class DraftProposer:
     """Constructed by vLLM's runner; `bind` and `load_model` complete it before first use."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        self.options = SubspecOptions.parse(vllm_config.additional_config["subspec"])
+        options = options_of(vllm_config)
+        assert options is not None
+        self.options = options
         self.enabled = True
         self.stats = DraftingStats()
         self._max_model_len = vllm_config.model_config.max_model_len
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
-        self._drafters: dict[tuple[int, int, str], SubstituteDrafter] = {}
+        self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
         self._pass_began: float | None = None
         self._last_draft_seconds = 0.0
 
-    def bind(self, runner: "TreeRunner", build_draft: Callable[[nn.Module], nn.Module]) -> None:
+    def bind(
+        self, runner: "TreeRunner", build_substitute: Callable[[nn.Module], nn.Module] | None
+    ) -> None:
         self._runner = runner
-        self._build_draft = build_draft
-        options = self.options
-        self.configure(options.branching, options.depth, options.pruning)
+        self._models = Models(runner, self.options, build_substitute)
 
-    def configure(self, branching: int, depth: int, pruning: Literal["dynamic", "none"]) -> None:
-        """Draft by these options from now on; what was learnt under them before is still known."""
-        key = (branching, depth, pruning)
-        if key not in self._drafters:
-            growth = DepthController(depth) if pruning == "dynamic" else FullGrowth(depth)
-            self._drafters[key] = SubstituteDrafter(
-                growth, branching, self.options.draft_temperature, self._runner.device
-            )
-        self.drafter = self._drafters[key]
+    @property
+    def target_layers(self) -> frozenset[str]:
+        """The target's own attention layers."""
+        return self._models.target_layers
 
     def load_model(self, target: nn.Module) -> None:
         """Called by vLLM when the target's weights are loaded."""
-        self._draft = self._build_draft(target)
+        self._models.load(target)
+
+    def configure(self, branching: int, depth: int, pruning: Pruning, hierarchy: bool) -> None:
+        """Draft by these options from now on; what was learnt under them before is still known.
+
+        Called for the first time when the pages exist.
+        """
+        key = (branching, depth, pruning, hierarchy)
+        if key not in self._drafters:
+            self._drafters[key] = self._models.drafter(*key)
+        self.drafter = self._drafters[key]
 
     def pass_begins(self) -> None:
         """The target's next pass starts now."""
         self._pass_began = time.perf_counter()
+
+    def target_computed(
+        self,
+        verification: Verification,
+        hidden: torch.Tensor,
+        auxiliary: list[torch.Tensor] | None,
+    ) -> None:
+        """The target's pass is over and sampled from (`Models.settle`); `propose` follows."""
+        self._models.settle(verification, hidden, auxiliary)
 
     def propose(
         self,
@@ -77,71 +92,64 @@ class SubspecProposer:
     ) -> list[DraftTokens]:
         """The draft of every row of the batch; an empty one for rows that draft nothing."""
         began = time.perf_counter()
-        self._learn(sampled_token_ids, began)
+        verification = self._runner.verification
+        self._learn(verification, sampled_token_ids, began)
         drafts = [DraftTokens.none() for _ in sampled_token_ids]
-        if not self.enabled:
-            return drafts
-        rows, indices, positions = [], [], []
+        rows: list[DraftRow] = []
+        computed: list[ComputedRow] = []
         for index, emitted in enumerate(sampled_token_ids):
-            if not emitted:
-                continue
-            position = int(num_tokens_no_spec[index]) - 1
-            row = self._row(index, int(token_ids_cpu[index, position]), position)
+            end = int(num_tokens_no_spec[index])
+            row = self._row(index, token_ids_cpu[index, :end]) if emitted else None
             if row is not None:
                 rows.append(row)
-                indices.append(index)
-                positions.append(position)
-        if not rows:
-            return drafts
-        forward = DraftForward(
-            self._runner,
-            self._draft,
-            np.array(indices),
-            np.array(positions),
-            np.array([row.slots for row in rows]),
-        )
-        for index, draft in zip(indices, self.drafter.propose(rows, forward), strict=True):
-            drafts[index] = draft
-        self._last_draft_seconds = time.perf_counter() - began
+                continue
+            if not emitted:  # a part of the prompt; the token behind it is known
+                end = int(verification.roots[index]) + 2
+            name = verification.request_ids[index]
+            computed.append(ComputedRow(index, name, token_ids_cpu[index, :end].copy()))
+        if computed:
+            self.drafter.follow(computed)
+        if rows:
+            for row, draft in zip(rows, self.drafter.propose(rows), strict=True):
+                drafts[row.index] = draft
+            self._last_draft_seconds = time.perf_counter() - began
         return drafts
 
-    def _row(self, index: int, root: int, position: int) -> DraftRow | None:
-        """The row whose newest token sits at ``position``; None if it may not draft."""
+    def _row(self, index: int, history: np.ndarray) -> DraftRow | None:
+        """The row whose text is ``history``; None if it may not draft."""
+        if not self.enabled:
+            return None
+        options, position = self.options, history.size - 1
         request_id = self._runner.input_batch.req_ids[index]
         request = self._runner.requests[request_id]
         params = request.sampling_params
         # The scheduler fills a sequence up to max_model_len - 1 computed tokens, and a round emits
         # at most one token more than the draft is deep.
-        limit = min(self.options.num_speculative_tokens, self._max_model_len - 2 - position)
-        depth = min(self.drafter.growth.max_steps, limit)
+        limit = min(options.limit, self._max_model_len - 2 - position)
+        depth = min(self.drafter.max_depth, limit)
         if params.max_tokens is not None:
             depth = min(depth, params.max_tokens - len(request.output_token_ids) - 1)
         if depth < 1:
             return None
-        slots = min(self.options.num_speculative_tokens, self._max_model_len - position)
+        slots = min(options.lookahead, self._max_model_len - position)
+        row = DraftRow(index, request_id, history.copy(), depth, limit, slots)
         if params.temperature < 1e-5:
-            return DraftRow(request_id, root, depth, limit, slots)
-        return DraftRow(
-            request_id,
-            root,
-            depth,
-            limit,
-            slots,
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            self._runner.seed_stream(request_id).ahead(depth),
+            return row
+        return replace(
+            row,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seeds=self._runner.seed_stream(request_id).ahead(depth),
         )
 
-    def _learn(self, sampled_token_ids: list[list[int]], now: float) -> None:
+    def _learn(
+        self, verification: Verification, sampled_token_ids: list[list[int]], now: float
+    ) -> None:
         """What became of the last drafts, and what the round cost."""
-        verification = self._runner.verification
-        walks = verification.walks
-        assert walks is not None
+        assert verification.walks is not None
         drafted = verification.sizes > 0
-        for draft, path in zip(verification.drafts, walks.paths, strict=True):
-            nodes, accepted, first = verdicts(draft.tree, path)
-            self.drafter.growth.acceptance.observe(draft.confidence[nodes], accepted, first)
+        self.drafter.observe(verification.drafts, verification.walks)
         # Prompt chunks and rows without a draft cost time that says nothing about draft tokens.
         if drafted.all() and all(sampled_token_ids) and self._pass_began is not None:
             emitted = sum(len(tokens) for tokens in sampled_token_ids)
@@ -153,7 +161,7 @@ class SubspecProposer:
         # Between the steps and the pass lies a little that belongs to neither: the round's rest.
         rest = self._last_draft_seconds - sum(last.seconds) + verify_seconds
         rest, *step_seconds = self._agree(rest, *last.seconds)
-        self.drafter.growth.observe_round(
+        self.drafter.observe_round(
             Round(rows, last.nodes, step_seconds, nodes + rows, emitted, rest)
         )
         stats = self.stats

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""What method "subspec" cannot serve, refused when the configuration is built.
+"""What our methods cannot serve, refused when the configuration is built.
 
 Nothing falls back silently: each refusal is one sentence that names the option and what to do.
 """
@@ -12,18 +12,23 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 
 
-def check(args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
-    """Raises ValueError with the first reason why this engine cannot run method "subspec"."""
-    for wrong, reason in _reasons(args, model_config, parallel_config):
+def check(
+    method: str, args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
+) -> None:
+    """Raises ValueError with the first reason why this engine cannot run ``method``."""
+    reasons = [*_reasons(args, model_config, parallel_config)]
+    if method == "subspec":
+        reasons += _streaming_reasons(args, model_config)
+    for wrong, reason in reasons:
         if wrong:
-            raise ValueError(f'method "subspec" {reason}')
+            raise ValueError(f'method "{method}" {reason}')
 
 
 def of_request(params: SamplingParams) -> str | None:
     """Why a request cannot be served; None if it can."""
     if params.thinking_token_budget is not None:
         return (
-            'method "subspec" does not count thinking tokens along a draft: remove '
+            "a token budget for thinking cannot be counted along a draft: remove "
             "thinking_token_budget from the request, or serve it without speculation"
         )
     return None
@@ -59,18 +64,8 @@ def _reasons(
         "has not been tested with KV connectors: remove --kv-transfer-config",
     )
     yield (
-        bool(args.cpu_offload_gb) or bool(args.offload_group_size),
-        "streams weights itself: remove --cpu-offload-gb and --offload-group-size and set "
-        '"resident_weights_gib" instead',
-    )
-    yield (
         bool(args.async_scheduling),
         "needs each token before it drafts the next: remove --async-scheduling",
-    )
-    yield (
-        model.quantization is not None,
-        f"streams unquantized weights, but the model is quantized ({model.quantization}): serve "
-        "the full-precision model",
     )
     yield (
         model.runner_type != "generate",
@@ -89,10 +84,6 @@ def _reasons(
         "has not been tested with multi-head latent attention: use another model",
     )
     yield (
-        model.is_moe,
-        "does not stream mixture-of-experts layers yet: use a dense model",
-    )
-    yield (
         getattr(model, "rswa_window", None) is not None,
         "has not been tested with reference sliding-window attention: use another model",
     )
@@ -100,4 +91,21 @@ def _reasons(
         model.get_sliding_window() is not None,
         "has not been tested with sliding-window attention: use --disable-sliding-window or "
         "another model",
+    )
+
+
+def _streaming_reasons(args: EngineArgs, model: ModelConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        bool(args.cpu_offload_gb) or bool(args.offload_group_size),
+        "streams weights itself: remove --cpu-offload-gb and --offload-group-size and set "
+        '"resident_weights_gib" instead',
+    )
+    yield (
+        model.quantization is not None,
+        f"streams unquantized weights, but the model is quantized ({model.quantization}): serve "
+        "the full-precision model",
+    )
+    yield (
+        model.is_moe,
+        "does not stream mixture-of-experts layers yet: use a dense model",
     )

@@ -8,6 +8,7 @@ sampling    every root and node is sampled from; the walk decides what is emitte
 pages       the K/V of the accepted path moves to consecutive slots
 """
 
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -50,15 +51,12 @@ class TreeRunner(GPUModelRunner):
             self._seeds[request_id] = SeedStream(generator)
         return self._seeds[request_id]
 
-    def attention_layers(self) -> dict[str, Any]:
-        """vLLM's attention layers that have pages of their own, by name."""
+    def layers_of(self, names: AbstractSet[str]) -> list[Any]:
+        """Those of vLLM's attention layers that have pages of their own."""
         context = self.compilation_config.static_forward_context
-        names = [name for group in self.attn_groups[0] for name in group.layer_names]
-        return {
-            name: context[name]
-            for name in names
-            if context[name].kv_sharing_target_layer_name is None
-        }
+        paged = [name for group in self.attn_groups[0] for name in group.layer_names]
+        layers = [context[name] for name in paged if name in names]
+        return [layer for layer in layers if layer.kv_sharing_target_layer_name is None]
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -84,6 +82,27 @@ class TreeRunner(GPUModelRunner):
             trees, starts = self.verification.trees(), self.verification.starts
             attention.attach(self.attn_groups[0], metadata, trees, starts.tolist())
         return metadata, common
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        *rest: Any,
+    ) -> Any:
+        self.drafter.target_computed(self.verification, hidden_states, aux_hidden_states)
+        return super().propose_draft_token_ids(
+            scheduler_output,
+            sampled_token_ids,
+            sampling_metadata,
+            hidden_states,
+            sample_hidden_states,
+            aux_hidden_states,
+            *rest,
+        )
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         verification = self.verification
@@ -135,12 +154,13 @@ class TreeRunner(GPUModelRunner):
         table = self.input_batch.block_table[0]
         slots = moved.slots(table.get_numpy_array(), table.block_size)
         sources, destinations = (torch.as_tensor(part, device=self.device) for part in slots)
-        attention.move_pages(self.device, self.attention_layers().values(), sources, destinations)
+        layers = self.layers_of(self.drafter.target_layers)
+        attention.move_pages(self.device, layers, sources, destinations)
 
 
-class SubspecCPUModelRunner(TreeRunner, CPUModelRunner):
+class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
     pass
 
 
-class SubspecGPUModelRunner(TreeRunner):
+class TreeGPUModelRunner(TreeRunner):
     pass

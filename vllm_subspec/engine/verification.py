@@ -26,6 +26,8 @@ class Verification:
     """[requests + 1] first query of each request in the pass, and the end."""
     roots: np.ndarray
     """[requests] position of each root: of the last committed token."""
+    computed: np.ndarray
+    """[requests] tokens of each whose K/V existed before the pass."""
     walks: Walks | None = None
     """What was accepted, once the pass was sampled from."""
 
@@ -47,7 +49,8 @@ class Verification:
             raise TypeError("draft tokens lost the shape of their tree on the way to the worker")
         sizes = np.array([len(draft) for draft in drafts])
         starts = np.append(0, np.cumsum(counts))
-        return cls(request_ids, drafts, starts, computed + counts - 1 - sizes)
+        roots = computed + counts - 1 - sizes
+        return cls(request_ids, drafts, starts, roots, computed.copy())
 
     @property
     def sizes(self) -> np.ndarray:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import get_tp_group
@@ -14,51 +14,122 @@ from vllm.model_executor.offloader.base import set_offloader
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_subspec.config import SubspecOptions
+from vllm_subspec.config import HierspecOptions, SubspecOptions
 from vllm_subspec.engine import attention
+from vllm_subspec.engine.drafting import Pruning
 from vllm_subspec.engine.failure import FailedOutput
 from vllm_subspec.engine.loading import Loading
-from vllm_subspec.engine.proposer import SubspecProposer
-from vllm_subspec.engine.runner import SubspecCPUModelRunner, SubspecGPUModelRunner
+from vllm_subspec.engine.method import options_of
+from vllm_subspec.engine.proposer import DraftProposer
+from vllm_subspec.engine.runner import TreeCPUModelRunner, TreeGPUModelRunner
 from vllm_subspec.weights.streaming import RING_OPERATORS
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class SubspecWorker(Worker):
-    """What both workers share; put before a platform's worker class among the bases."""
+class DraftingWorker(Worker):
+    """What all workers share; put before a platform's worker class among the bases."""
 
     @property
-    def options(self) -> SubspecOptions:
-        return SubspecOptions.parse(self.vllm_config.additional_config["subspec"])
+    def options(self) -> SubspecOptions | HierspecOptions:
+        options = options_of(self.vllm_config)
+        assert options is not None
+        return options
 
     def init_device(self) -> None:
         super().init_device()
         runner = self.model_runner
-        proposer = runner.drafter
-        assert isinstance(proposer, SubspecProposer)
+        assert isinstance(runner.drafter, DraftProposer)
         # vLLM stops drafting for the whole batch when one request nears its limit; our proposer
         # clips each row by itself.
         runner.effective_drafter_max_model_len = sys.maxsize
-        options = self.options
-        if options.branching > 1:
+        if self.options.trees:
             attention.install(runner.device)
+        self.proposer = runner.drafter
+        self._bind()
+
+    def _bind(self) -> None:
+        """Give the proposer what it drafts with."""
+        self.proposer.bind(self.model_runner, None)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> Any:
+        initialized = super().initialize_from_config(kv_cache_config)
+        runner, options = self.model_runner, self.options
+        if len(runner.attn_groups) != 1:
+            raise ValueError(
+                f'method "{options.METHOD}" needs the same kind of attention in all layers of the '
+                "target and of the models that draft for it: use models without sliding windows"
+            )
+        if options.trees:
+            names = [name for group in runner.attn_groups[0] for name in group.layer_names]
+            layers = runner.compilation_config.static_forward_context
+            attention.check(self.device, {name: layers[name] for name in names}, options.METHOD)
+        self.set_drafting()
+        return initialized
+
+    def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
+        self.proposer.pass_begins()
+        return super().execute_model(scheduler_output)
+
+    def set_speculation(self, enabled: bool) -> None:
+        """Switch drafting off or on while serving (a `collective_rpc`)."""
+        self.proposer.enabled = enabled
+
+    def set_drafting(
+        self,
+        branching: int | None = None,
+        depth: int | None = None,
+        pruning: Pruning | None = None,
+        hierarchy: bool = True,
+    ) -> None:
+        """Draft by other options while serving (a `collective_rpc`); None: as configured.
+
+        Args:
+            branching, depth: of the trees that method "subspec" grows.
+            hierarchy: False leaves the option "drafter" out.
+
+        Raises:
+            ValueError: a value that the option of that name does not allow, or trees in an engine
+                that was started for chains.
+        """
+        changed = {"branching": branching, "depth": depth, "pruning": pruning}
+        given = {name: value for name, value in changed.items() if value is not None}
+        options = type(self.options).parse({**self.options.to_json_dict(), **given})
+        if options.trees and not self.options.trees:
+            raise ValueError('an engine started with "branching" 1 has no tree attention')
+        if isinstance(options, SubspecOptions):
+            size = options.branching, options.depth
+        else:
+            size = 1, options.num_speculative_tokens
+        self.proposer.configure(*size, options.pruning, hierarchy)
+
+    def drafting_stats(self) -> dict[str, float]:
+        """Totals of drafting and verifying (`engine.metrics.DraftingStats`)."""
+        return dict(vars(self.proposer.stats))
+
+    def shutdown(self) -> None:
+        if self.options.trees:
+            attention.uninstall(self.device)
+        super().shutdown()
+
+
+class SubspecWorker(DraftingWorker):
+    """Streams the target's weights and drafts with their substitutes."""
+
+    loading: Loading
+
+    def _bind(self) -> None:
+        options = self.options
+        assert isinstance(options, SubspecOptions)
         rank = get_tp_group().rank_in_group
-        self.loading = Loading(self.vllm_config, options, rank, runner.device)
-        proposer.bind(runner, self.loading.build_draft)
-        self.proposer = proposer
+        self.loading = Loading(self.vllm_config, options, rank, self.model_runner.device)
+        self.proposer.bind(self.model_runner, self.loading.build_draft)
 
     def load_model(self, **kwargs: Any) -> None:
         set_offloader(self.loading.offloader)
         with self.loading.active():
             super().load_model(**kwargs)
-
-    def initialize_from_config(self, kv_cache_config: Any) -> Any:
-        initialized = super().initialize_from_config(kv_cache_config)
-        if self.options.branching > 1:
-            attention.check(self.device, self.model_runner.attention_layers())
-        return initialized
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -67,7 +138,6 @@ class SubspecWorker(Worker):
         return times
 
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
-        self.proposer.pass_begins()
         output = super().execute_model(scheduler_output)
         failure = self._pass_failure()
         if failure is None:
@@ -92,33 +162,6 @@ class SubspecWorker(Worker):
             return str(failure or "another rank could not read its weights")
         return str(failure) if failure is not None else None
 
-    def set_speculation(self, enabled: bool) -> None:
-        """Switch drafting off or on while serving (a `collective_rpc`)."""
-        self.proposer.enabled = enabled
-
-    def set_drafting(
-        self,
-        branching: int | None = None,
-        depth: int | None = None,
-        pruning: Literal["dynamic", "none"] | None = None,
-    ) -> None:
-        """Draft by other options while serving (a `collective_rpc`); None: as configured.
-
-        Raises:
-            ValueError: a value that the option of that name does not allow, or trees in an engine
-                that was started for chains.
-        """
-        changed = {"branching": branching, "depth": depth, "pruning": pruning}
-        given = {name: value for name, value in changed.items() if value is not None}
-        options = SubspecOptions.parse({**self.options.to_json_dict(), **given})
-        if options.branching > 1 and self.options.branching == 1:
-            raise ValueError('an engine started with "branching" 1 has no tree attention')
-        self.proposer.configure(options.branching, options.depth, options.pruning)
-
-    def drafting_stats(self) -> dict[str, float]:
-        """Totals of drafting and verifying (`engine.metrics.DraftingStats`)."""
-        return dict(vars(self.proposer.stats))
-
     def memory_plan(self) -> dict[str, Any]:
         """The memory plan (`core.plan.MemoryPlan`) and where the streamed weights come from."""
         plan = dataclasses.asdict(self.loading.plan)
@@ -132,30 +175,42 @@ class SubspecWorker(Worker):
     def shutdown(self) -> None:
         if self.loading.ring is not None:
             self.loading.ring.close()
-        if self.options.branching > 1:
-            attention.uninstall(self.device)
         super().shutdown()
 
 
-class SubspecCPUWorker(SubspecWorker, cpu_worker.CPUWorker):
+class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
     def init_device(self) -> None:
-        with _cpu_runner(SubspecCPUModelRunner):
+        with _cpu_runner(TreeCPUModelRunner):
             super().init_device()
 
 
-class SubspecGPUWorker(SubspecWorker):
+class _OnGPU(DraftingWorker):
+    def _make_model_runner(self) -> TreeGPUModelRunner:
+        return TreeGPUModelRunner(self.vllm_config, self.device)
+
+
+class HierspecCPUWorker(_OnCPU):
+    pass
+
+
+class HierspecGPUWorker(_OnGPU):
+    pass
+
+
+class SubspecCPUWorker(_OnCPU, SubspecWorker):
+    pass
+
+
+class SubspecGPUWorker(_OnGPU, SubspecWorker):
     def init_device(self) -> None:
         # Graphs are cut where blocks are awaited and released (see `method`).
         if self.vllm_config.compilation_config.splitting_ops:
             self.vllm_config.compilation_config.splitting_ops += RING_OPERATORS
         super().init_device()
 
-    def _make_model_runner(self) -> SubspecGPUModelRunner:
-        return SubspecGPUModelRunner(self.vllm_config, self.device)
-
 
 @contextlib.contextmanager
-def _cpu_runner(kind: type[SubspecCPUModelRunner]) -> Iterator[None]:
+def _cpu_runner(kind: type[TreeCPUModelRunner]) -> Iterator[None]:
     """vLLM's CPU worker makes its runner in the middle of `init_device`, by this name."""
     original = cpu_worker.CPUModelRunner
     cpu_worker.CPUModelRunner = kind

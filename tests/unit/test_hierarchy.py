@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""A hierarchy drafts what its intermediate model would have drafted alone, whatever the inner
+drafter proposes. The intermediate is a function of the text here: the engine's own are tested in
+`tests/engine`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_subspec.core.acceptance import Walks
+from vllm_subspec.core.cost import FixedSequence, Round, SequenceController
+from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.tree import TokenTree
+from vllm_subspec.drafters.base import ComputedRow, Drafting, DraftRow
+from vllm_subspec.drafters.hierarchy import Hierarchy
+
+VOCAB = 7
+CPU = torch.device("cpu")
+
+
+def logits_after(text: Sequence[int]) -> torch.Tensor:
+    """Of a language whose next token depends on the last three."""
+    generator = torch.Generator().manual_seed(hash(tuple(text[-3:])) % (1 << 31))
+    return torch.randn(VOCAB, generator=generator)
+
+
+def next_token(text: Sequence[int]) -> int:
+    return int(logits_after(text).argmax())
+
+
+class FunctionIntermediate:
+    """Remembers what it was asked, as pages would, and that it is asked in order."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[int]] = {}
+        self.passes = 0
+        self._rows: list[DraftRow] = []
+        self._drafts: list[DraftTokens] = []
+
+    def verify(self, rows: list[DraftRow], drafts: list[DraftTokens]) -> torch.Tensor:
+        self.passes += 1
+        self._rows, self._drafts = rows, drafts
+        found = []
+        for row, draft in zip(rows, drafts, strict=True):
+            text = row.history.tolist()
+            kept = self.kept.get(row.request_id, text[:-1])
+            assert kept == text[:-1], "the accepted path of the pass before"
+            assert 1 + len(draft) <= row.slots
+            found.append(logits_after(text))
+            for node in range(len(draft)):
+                path, at = [], node
+                while at >= 0:
+                    path.append(int(draft.tree.tokens[at]))
+                    at = int(draft.tree.parents[at])
+                found.append(logits_after(text + path[::-1]))
+        return torch.stack(found)
+
+    def keep(self, walks: Walks) -> None:
+        for row, draft, path in zip(self._rows, self._drafts, walks.paths, strict=True):
+            tokens = [draft[int(node)] for node in path]
+            self.kept[row.request_id] = row.history.tolist() + tokens
+
+    def follow(self, rows: list[ComputedRow]) -> None:
+        raise AssertionError("nobody follows here")
+
+
+class RandomDrafter:
+    """Trees whose first path is right up to some depth; siblings are wrong."""
+
+    max_depth = 64
+    last = Drafting([1], [0.0])
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
+        drafts = []
+        for row in rows:
+            assert row.depth >= 1 and row.limit >= 1
+            text, parent = row.history.tolist(), -1
+            tokens: list[int] = []
+            parents: list[int] = []
+            for _ in range(int(self._random.integers(0, min(row.depth, 4) + 1))):
+                right = next_token(text)
+                wrong = (right + 1) % VOCAB
+                first = self._random.random() < 0.5
+                for token in [right, wrong] if first else [wrong, right]:
+                    if len(tokens) < row.limit:
+                        tokens.append(token)
+                        parents.append(parent)
+                ours = len(tokens) - (2 if first else 1)
+                if ours < 0 or tokens[ours] != right:
+                    break
+                parent = ours
+                text.append(right)
+            scores = 0.5 ** np.arange(1, len(tokens) + 1)
+            tree = TokenTree(np.array(tokens, int), np.array(parents, int), scores)
+            drafts.append(DraftTokens(tree, np.full(len(tokens), 0.5)))
+        return drafts
+
+    def follow(self, rows: list[ComputedRow]) -> None:
+        raise AssertionError("nobody follows here")
+
+    def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
+        assert len(drafts) == walks.counts.size
+
+    def observe_round(self, done: Round) -> None:
+        assert done.emitted_tokens >= done.rows
+
+
+def alone(row: DraftRow, length: int) -> list[int]:
+    text = row.history.tolist()
+    for _ in range(length):
+        text.append(next_token(text))
+    return text[row.history.size :]
+
+
+rows_of = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, VOCAB - 1), min_size=3, max_size=9),
+        st.integers(1, 12),  # depth
+        st.integers(1, 12),  # limit
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(rows_of, st.integers(1, 9), st.integers(0, 1 << 20))
+def test_the_sequence_is_the_intermediates_own(
+    asked: list[tuple[list[int], int, int]], least: int, seed: int
+) -> None:
+    rows = [
+        DraftRow(i, str(i), np.array(text, np.int32), depth, limit, slots=24)
+        for i, (text, depth, limit) in enumerate(asked)
+    ]
+    intermediate, inner = FunctionIntermediate(), RandomDrafter(seed)
+    hierarchy = Hierarchy(intermediate, inner, FixedSequence(16, least), 8, 0.2, CPU)
+    drafts = hierarchy.propose(rows)
+    for row, draft in zip(rows, drafts, strict=True):
+        most = min(row.depth, row.limit)
+        assert min(least, most) <= len(draft) <= most
+        assert draft.tree.is_chain
+        assert list(draft) == alone(row, len(draft))
+    assert len(hierarchy.last.nodes) == len(hierarchy.last.seconds) == intermediate.passes
+
+
+def test_growth_ends_where_nothing_is_gained() -> None:
+    """Passes that cost as much as the target's own and add little are not taken."""
+
+    def drafted(step_seconds: float) -> int:
+        growth = SequenceController(32, 4)
+        for _ in range(40):
+            growth.observe_round(Round(1, [8] * 4, [step_seconds] * 4, 9, 6, 1.0))
+        hierarchy = Hierarchy(FunctionIntermediate(), RandomDrafter(1), growth, 8, 0.2, CPU)
+        row = DraftRow(0, "a", np.array([1, 2, 3], np.int32), 32, 32, 64)
+        (draft,) = hierarchy.propose([row])
+        return len(draft)
+
+    assert drafted(1.0) < drafted(0.001)

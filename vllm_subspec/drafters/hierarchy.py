@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""HierSpec (arXiv 2505.22179): an intermediate model turns another drafter's trees into a sequence.
+
+A wide tree costs a small intermediate model little, and a large target much if it is quantised. So
+the intermediate verifies the trees, again and again, and the target verifies the sequence that they
+add up to. With the target's own substitute as the intermediate (SubSpec, arXiv 2509.18344) a pass
+over the substitute verifies a tree where it would have grown one level.
+
+The sequence is a guess like any other draft: what the target emits does not depend on it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_subspec.core.acceptance import Walks, walk_batch
+from vllm_subspec.core.cost import Round, SequenceController
+from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.growth import best_tokens
+from vllm_subspec.core.tree import TokenTree
+from vllm_subspec.drafters.base import ComputedRow, Drafter, Drafting, DraftRow, Intermediate
+from vllm_subspec.drafters.foresight import Foresight
+
+
+@dataclass
+class _Sequence:
+    """What is drafted for one row so far."""
+
+    row: DraftRow
+    """As it is behind the newest drafted token."""
+    tokens: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    survival: list[float] = field(default_factory=list)
+
+    def draft(self, length: int) -> DraftTokens:
+        tree = TokenTree.chain(self.tokens[:length], self.survival[:length])
+        return DraftTokens(tree, self.confidence[:length])
+
+
+class Hierarchy:
+    """Drafts sequences: the inner drafter's trees, as the intermediate model accepts them.
+
+    Args:
+        intermediate: verifies trees.
+        inner: drafts them.
+        growth: how long the sequences become.
+        nodes: of an inner tree at most.
+        draft_temperature: sharpens the intermediate's probabilities, which are the confidence in
+            its tokens.
+        device: of the intermediate's logits.
+    """
+
+    def __init__(
+        self,
+        intermediate: Intermediate,
+        inner: Drafter,
+        growth: SequenceController,
+        nodes: int,
+        draft_temperature: float,
+        device: torch.device,
+    ) -> None:
+        self.growth = growth
+        self.last = Drafting()
+        self._intermediate = intermediate
+        self._inner = inner
+        self._nodes = nodes
+        self._sharpness = 1.0 / draft_temperature
+        self._device = device
+
+    @property
+    def max_depth(self) -> int:
+        return self.growth.max_steps
+
+    def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
+        self.growth.begin_round(len(rows))
+        foresight = Foresight(rows, self._device)
+        sequences = [_Sequence(row) for row in rows]
+        going = np.arange(len(rows))
+        sizes: list[int] = []
+        clock = [time.perf_counter()]
+        forward_seconds = 0.0
+        while going.size:
+            forward_seconds += self._extend([sequences[i] for i in going], going, foresight, sizes)
+            clock.append(time.perf_counter())
+            survival = np.zeros(len(rows))
+            for i in going:
+                if len(sequences[i].tokens) < min(rows[i].depth, rows[i].limit):
+                    survival[i] = sequences[i].survival[-1]
+            lengths = [len(sequence.tokens) for sequence in sequences]
+            going = np.flatnonzero(self.growth.goes_on(survival, lengths))
+        self.last = Drafting(sizes, np.diff(clock).tolist(), forward_seconds)
+        return self._cut(sequences)
+
+    def follow(self, rows: list[ComputedRow]) -> None:
+        self._intermediate.follow(rows)
+        self._inner.follow(rows)
+
+    def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
+        for draft, count in zip(drafts, walks.counts, strict=True):
+            tested = min(int(count) + 1, len(draft))
+            accepted = np.arange(tested) < count
+            self.growth.acceptance.observe(draft.confidence[:tested], accepted)
+
+    def observe_round(self, done: Round) -> None:
+        self.growth.observe_round(done)
+
+    def _extend(
+        self,
+        sequences: list[_Sequence],
+        owners: np.ndarray,
+        foresight: Foresight,
+        sizes: list[int],
+    ) -> float:
+        """One pass over the intermediate model; returns the seconds of the models' forwards.
+
+        Args:
+            sequences: of the rows that go on; each grows by at least one token.
+            owners: [rows] their numbers in the round.
+            foresight: of all rows of the round.
+            sizes: gets the tokens of the pass.
+        """
+        rows = [sequence.row for sequence in sequences]
+        # The intermediate adds a token of its own to every accepted path.
+        asked = [row.within(max(row.depth - 1, 1), self._nodes) for row in rows]
+        open_ = [i for i, row in enumerate(asked) if row.depth > 0 and row.limit > 0]
+        drafts = [DraftTokens.none() for _ in rows]
+        if open_:
+            proposed = self._inner.propose([asked[i] for i in open_])
+            for i, draft in zip(open_, proposed, strict=True):
+                drafts[i] = draft
+        began = time.perf_counter()
+        logits = self._intermediate.verify(rows, drafts)
+        forward_seconds = self._inner.last.forward_seconds + time.perf_counter() - began
+        trees = [draft.tree for draft in drafts]
+        counts = [1 + len(tree) for tree in trees]
+        sizes.append(sum(counts))
+        before = np.repeat([len(sequence.tokens) for sequence in sequences], counts)
+        depths = before + np.concatenate([np.append(0, tree.depths) for tree in trees])
+        foreseen = foresight(logits, np.repeat(owners, counts), depths)
+        best, logs = best_tokens(foreseen, self._sharpness, 1)
+        walks = walk_batch(trees, best[:, 0])
+        self._intermediate.keep(walks)
+        self._learn(drafts, walks, time.perf_counter() - began)
+        starts = np.append(0, np.cumsum(counts))
+        for sequence, path, start in zip(sequences, walks.paths, starts, strict=False):
+            visited = start + np.append(0, path + 1)
+            self._append(sequence, best[visited, 0], np.exp(logs[visited, 0]))
+        return forward_seconds
+
+    def _append(self, sequence: _Sequence, tokens: np.ndarray, confidence: np.ndarray) -> None:
+        room = min(sequence.row.depth, sequence.row.limit)
+        tokens, confidence = tokens[:room], confidence[:room]
+        reached = sequence.survival[-1] if sequence.survival else 1.0
+        survival = reached * np.cumprod(self.growth.acceptance.estimate(confidence))
+        sequence.tokens += tokens.tolist()
+        sequence.confidence += confidence.tolist()
+        sequence.survival += survival.tolist()
+        sequence.row = sequence.row.after(tokens.astype(np.int32))
+
+    def _learn(self, drafts: list[DraftTokens], walks: Walks, seconds: float) -> None:
+        """What the pass says about the inner drafter; ``seconds`` are the pass's own."""
+        self._inner.observe(drafts, walks)
+        if all(len(draft) for draft in drafts):
+            inner, nodes = self._inner.last, sum(map(len, drafts))
+            emitted = int(walks.counts.sum()) + len(drafts)
+            self._inner.observe_round(
+                Round(
+                    len(drafts), inner.nodes, inner.seconds, nodes + len(drafts), emitted, seconds
+                )
+            )
+
+    def _cut(self, sequences: list[_Sequence]) -> list[DraftTokens]:
+        table = np.full((len(sequences), max(len(s.tokens) for s in sequences)), -1.0)
+        for line, sequence in zip(table, sequences, strict=True):
+            line[: len(sequence.survival)] = sequence.survival
+        lengths = self.growth.lengths(table)
+        return [s.draft(int(length)) for s, length in zip(sequences, lengths, strict=True)]
