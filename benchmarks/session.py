@@ -72,15 +72,15 @@ class Generated:
 
 
 class Session:
-    """An engine with method ``subspec``.
+    """An engine, with method ``subspec`` unless told otherwise.
 
     Args:
         model: folder of the checkpoint.
-        options: the options of ``--speculative-config`` other than ``method``.
+        options: the ``--speculative-config``; None for no speculation.
         engine: further arguments of `vllm.LLM`.
     """
 
-    def __init__(self, model: Path, options: dict[str, Any], **engine: Any) -> None:
+    def __init__(self, model: Path, options: dict[str, Any] | None, **engine: Any) -> None:
         settings: dict[str, Any] = {
             "enforce_eager": True,
             "max_model_len": 2048,
@@ -91,7 +91,9 @@ class Session:
             "use_tqdm_on_load": False,
         }
         settings |= engine
-        self.llm = LLM(str(model), speculative_config={"method": "subspec", **options}, **settings)
+        if options is not None:
+            options = {"method": "subspec", **options}
+        self.llm = LLM(str(model), speculative_config=options, **settings)
         self.settings = settings
         self._engine = self.llm.llm_engine
         self._count = 0
@@ -101,10 +103,19 @@ class Session:
         return self.llm.collective_rpc(method, args=args)[0]
 
     def generate(
-        self, prompts: list[str], max_tokens: int, speculate: bool, **sampling: Any
+        self,
+        prompts: list[str],
+        max_tokens: int,
+        speculate: bool | None = None,
+        **sampling: Any,
     ) -> list[Generated]:
-        """All prompts in one batch, greedy unless ``sampling`` says otherwise."""
-        self.call("set_speculation", speculate)
+        """All prompts in one batch, greedy unless ``sampling`` says otherwise.
+
+        Args:
+            speculate: switches it on or off, with a method of ours.
+        """
+        if speculate is not None:
+            self.call("set_speculation", speculate)
         self.llm.reset_prefix_cache()
         tokenizer = self.llm.get_tokenizer()
         params = SamplingParams(

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Method hierspec on a 4-bit target beside vLLM's own methods, and the union with subspec.
+
+    python -m benchmarks.hierarchy [--gib 0.5] [--streamed-gib 1.6] [--tokens 256]
+
+One engine for each way, each in a process of its own; the prompts go round the engines, of which
+one computes at a time. The premise (arXiv 2505.22179, figure 2) is measured on the same machine: a
+pass of the target over n tokens, over one of a single token, with 4-bit weights and with the same
+model's bfloat16 weights. Writes benchmarks/results/hierarchy.json.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.chain import harmonic
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "hierarchy.json"
+SMALL = str(ROOT / "models" / "pystd-1m")
+PASSES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+NGRAM = {"method": "ngram", "depth": 4, "branching": 4, "nodes": 16}
+MODEL = {"method": "draft_model", "model": SMALL, "depth": 4, "branching": 6, "nodes": 24}
+WAYS: dict[str, dict[str, Any] | None] = {
+    "no speculation": None,
+    "vLLM ngram": {
+        "method": "ngram",
+        "num_speculative_tokens": 5,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 5,
+    },
+    "vLLM draft_model": {"method": "draft_model", "model": SMALL, "num_speculative_tokens": 5},
+    "single-level tree": {"method": "hierspec", "drafter": MODEL},
+    "hierspec, ngram": {"method": "hierspec", "intermediate": SMALL, "drafter": NGRAM},
+}
+UNION: dict[str, dict[str, Any]] = {"ngram": NGRAM, "draft_model": MODEL}
+
+
+def quantised(gib: float) -> tuple[Path, Path]:
+    """A bfloat16 checkpoint and its 4-bit copy (compressed-tensors), both written once."""
+    from benchmarks.session import checkpoint
+    from vllm_subspec.weights.quantized_weight import QuantFormat
+    from vllm_subspec.weights.save_checkpoint import quantize_checkpoint
+
+    whole = checkpoint(gib)
+    folder = whole.with_name(whole.name + "-w4a16")
+    if not (folder / "config.json").exists():
+        quantize_checkpoint(whole, folder, QuantFormat(4, 64, True), "hqq", lambda *_: None)
+    return whole, folder
+
+
+def _pass_seconds(worker: Any, tokens: int) -> float:
+    """Of a pass of the target over ``tokens`` tokens without any text before them."""
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        worker.model_runner._dummy_run(tokens)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[3]
+
+
+def _serve(model: Path, speculative: dict[str, Any] | None, pipe: Connection) -> None:
+    """An engine that answers what comes through ``pipe``."""
+    from benchmarks.session import Session
+
+    session = Session(model, speculative, max_model_len=1024)
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        if asked == "passes":
+            rpc = session.llm.collective_rpc
+            pipe.send({n: rpc(_pass_seconds, args=(n,))[0] for n in PASSES})
+            continue
+        prompt, tokens, drafting = asked
+        if drafting is not None:
+            session.llm.collective_rpc("set_drafting", kwargs=drafting)
+        (answer,) = session.generate([prompt], tokens)
+        pipe.send(answer)
+
+
+class Engine:
+    """A process with an engine."""
+
+    def __init__(self, model: Path, speculative: dict[str, Any] | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(model, speculative, theirs))
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def ask(self, asked: Any) -> Any:
+        self._pipe.send(asked)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def rounds(asks: dict[str, Callable[[str, int], Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Every prompt by every way in turn, after a warm-up of each."""
+    from benchmarks.session import PROMPTS
+
+    for ask in asks.values():
+        for prompt in PROMPTS[:2]:
+            ask(prompt, args.tokens // 2)
+    answers: dict[str, list[Any]] = {name: [] for name in asks}
+    for prompt in PROMPTS:
+        for name, ask in asks.items():
+            answers[name].append(ask(prompt, args.tokens))
+    return {
+        name: {
+            "tokens_per_second": harmonic([a.tokens_per_second for a in given]),
+            "by_prompt": [a.tokens_per_second for a in given],
+            "tau": sum(a.decode_tokens for a in given) / sum(len(a.steps) - 1 for a in given),
+        }
+        for name, given in answers.items()
+    }
+
+
+def hierspec(args: argparse.Namespace) -> dict[str, Any]:
+    whole, low = quantised(args.gib)
+    engines = {name: Engine(low, way) for name, way in WAYS.items()}
+    result: dict[str, Any] = {
+        "ways": rounds(
+            {
+                name: lambda prompt, tokens, e=engine: e.ask((prompt, tokens, None))
+                for name, engine in engines.items()
+            },
+            args,
+        )
+    }
+    result["pass_seconds"] = {"w4a16": engines["no speculation"].ask("passes")}
+    for engine in engines.values():
+        engine.close()
+    twin = Engine(whole, None)
+    result["pass_seconds"]["bfloat16"] = twin.ask("passes")
+    twin.close()
+    return result
+
+
+def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Plain subspec and the hierarchy, on one engine that streams from disk."""
+    from benchmarks.session import BUILD, checkpoint
+
+    options = {
+        "method": "subspec",
+        "resident_weights_gib": 0,
+        "store_dir": str(BUILD / "stores"),
+        "drafter": drafter,
+    }
+    engine = Engine(checkpoint(args.streamed_gib), options)
+    ways: dict[str, dict[str, Any]] = {
+        "chain": {"hierarchy": False, "branching": 1},
+        "tree": {"hierarchy": False},
+        "hierarchy": {},
+    }
+    found = rounds(
+        {
+            name: lambda prompt, tokens, d=drafting: engine.ask((prompt, tokens, d))
+            for name, drafting in ways.items()
+        },
+        args,
+    )
+    engine.close()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=0.5)
+    parser.add_argument("--streamed-gib", type=float, default=1.6)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--parts", nargs="+", default=["hierspec", "union"])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"environment": report.environment()}
+    if "hierspec" in args.parts:
+        result["hierspec"] = hierspec(args)
+    if "union" in args.parts:
+        result["union"] = {name: union(drafter, args) for name, drafter in UNION.items()}
+    report.write(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
