@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from vllm_subspec.config import SubspecOptions
+from vllm_subspec.config import METHODS, HierspecOptions, SubspecOptions
 
 
 def test_defaults() -> None:
@@ -157,3 +157,68 @@ def test_store_defaults_to_the_cache_of_vllm(
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     assert SubspecOptions.parse({}).store_path() == tmp_path / "subspec"
+
+
+NGRAM = {"method": "ngram"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hierarchy_survives_a_round_trip(method: str) -> None:
+    given = {"drafter": {**NGRAM, "depth": 5, "prompt_lookup_max": 7}, "min_draft_length": 9}
+    options = METHODS[method].parse(given)
+    assert options.sequence_length == 9
+    assert METHODS[method].parse(json.loads(json.dumps(options.to_json_dict()))) == options
+
+
+def test_a_drafter_with_a_model_survives_a_round_trip(tmp_path: Path) -> None:
+    given = {"drafter": {"method": "eagle3", "model": str(tmp_path)}, "intermediate": str(tmp_path)}
+    options = HierspecOptions.parse(given)
+    assert HierspecOptions.parse(json.loads(json.dumps(options.to_json_dict()))) == options
+    assert options.lookahead == options.num_speculative_tokens + 30
+
+
+def test_nodes_bound_what_the_target_verifies_of_a_tree() -> None:
+    options = HierspecOptions.parse({"drafter": {**NGRAM, "nodes": 12}})
+    assert (options.limit, options.lookahead) == (12, options.num_speculative_tokens)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({}, 'key "drafter" is missing; allowed: a mapping'),
+        ({"drafter": "ngram"}, "key \"drafter\" is 'ngram'; allowed: a mapping"),
+        ({"drafter": {}}, 'key "drafter.method" is missing; allowed: "ngram"'),
+        ({"drafter": {"method": "medusa"}}, "key \"drafter.method\" is 'medusa'; allowed: "),
+        ({"drafter": {**NGRAM, "deph": 3}}, 'no key "drafter.deph" .*did you mean "drafter.depth"'),
+        ({"drafter": {**NGRAM, "depth": 0}}, 'key "drafter.depth" is 0; allowed: an integer'),
+        ({"drafter": {**NGRAM, "model": "some/model"}}, '"drafter.model" is set, but "ngram"'),
+        ({"drafter": {"method": "eagle"}}, '"drafter.model" is missing: "eagle" needs'),
+        (
+            {"drafter": {"method": "eagle", "model": "./nowhere"}},
+            "key \"drafter.model\" is './nowhere'; allowed: an existing directory",
+        ),
+        ({"drafter": NGRAM, "intermediate": "./no"}, "key \"intermediate\" is './no'; allowed: "),
+        (
+            {"drafter": {**NGRAM, "prompt_lookup_min": 9}},
+            '"drafter.prompt_lookup_min" is 9; allowed: up to "prompt_lookup_max", 5',
+        ),
+        (
+            {"drafter": {"method": "eagle", "model": "a/b", "prompt_lookup_max": 9}},
+            '"drafter.prompt_lookup_max" is for the method "ngram", not "eagle"',
+        ),
+        (
+            {"drafter": NGRAM, "min_draft_length": 40},
+            '"min_draft_length" is 40; allowed: up to "num_speculative_tokens", 32',
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_hierarchy_is_one_sentence(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        HierspecOptions.parse(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sequence_needs_a_drafter() -> None:
+    with pytest.raises(ValueError, match='"min_draft_length" is for a hierarchy: set "drafter"'):
+        SubspecOptions.parse({"min_draft_length": 4})

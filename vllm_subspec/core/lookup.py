@@ -63,7 +63,9 @@ def lookup(
     scores = np.ones(len(tokens) + 1, np.float64)
     for node, parent in enumerate(parents):
         scores[node] = scores[parent if parent >= 0 else -1] * confidence[node]
-    tree = TokenTree(np.array(tokens, np.int32), np.array(parents, np.int32), scores[:-1].astype(np.float32))
+    tree = TokenTree(
+        np.array(tokens, np.int32), np.array(parents, np.int32), scores[:-1].astype(np.float32)
+    )
     return DraftTokens(tree, confidence)
 
 

@@ -30,12 +30,37 @@ def check(
     options: SubspecOptions | HierspecOptions, target: ModelConfig, parallel: ParallelConfig
 ) -> None:
     """Raises ValueError, in one sentence, if a drafting model cannot draft for ``target``."""
+    base = target
     if isinstance(options, HierspecOptions) and options.intermediate is not None:
-        own = speculative_config(options.intermediate, "draft_model", target, parallel)
-        _check_vocabulary("intermediate", own.draft_model_config, target)
-    if options.drafter is not None and options.drafter.model is not None:
-        own = speculative_config(options.drafter.model, options.drafter.method, target, parallel)
-        _check_vocabulary("drafter.model", own.draft_model_config, target)
+        base = _readable("intermediate", options.intermediate, "draft_model", target, parallel)
+        _check_vocabulary("intermediate", base, target)
+    drafter = options.drafter
+    if drafter is None or drafter.model is None:
+        return
+    own = _readable("drafter.model", drafter.model, drafter.method, base, parallel)
+    _check_vocabulary("drafter.model", own, target)
+    if drafter.method == "draft_model":
+        return
+    wanted = getattr(own.hf_config, "target_hidden_size", None) or own.get_hidden_size()
+    if wanted != base.get_hidden_size():
+        raise ValueError(
+            f'speculative_config key "drafter.model" names a head for hidden states of {wanted} '
+            f"channels, but the model that it drafts for has {base.get_hidden_size()}: use the "
+            f"head that was trained for {base.model}"
+        )
+
+
+def _readable(
+    key: str, model: str, method: str, base: ModelConfig, parallel: ParallelConfig
+) -> ModelConfig:
+    try:
+        found: ModelConfig = speculative_config(model, method, base, parallel).draft_model_config
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f'speculative_config key "{key}" is {model!r}, which cannot be read: {reason}'
+        ) from error
+    return found
 
 
 def _check_vocabulary(key: str, model: ModelConfig, target: ModelConfig) -> None:
