@@ -134,9 +134,8 @@ class Engines:
         Args:
             speculative: the ``speculative_config``; None for no speculation.
         """
-        if speculative is not None:
-            if speculative["method"] == "subspec":
-                speculative = {"store_dir": str(self.store_dir), **speculative}
+        if speculative is not None and speculative["method"] == "subspec":
+            speculative = {"store_dir": str(self.store_dir), **speculative}
         given = {**DEFAULTS, **settings, "model": str(model), "speculative_config": speculative}
         key = json.dumps(given, sort_keys=True)
         if self._llm is None or key != self._key:

@@ -234,7 +234,9 @@ def test_attention_that_trees_cannot_do(changed: dict[str, Any], names: str) -> 
     attention.check(torch.device("cpu"), {"layers.0.attn": sound}, "subspec")
     other = SimpleNamespace(impl=SimpleNamespace(**{**impl, **changed}))
     with pytest.raises(ValueError) as caught:
-        attention.check(torch.device("cpu"), {"layers.0.attn": sound, "layers.1.attn": other}, "subspec")
+        attention.check(
+            torch.device("cpu"), {"layers.0.attn": sound, "layers.1.attn": other}, "subspec"
+        )
     (message,) = caught.value.args
     assert message == (
         f'method "subspec" drafts token trees, but layers.1.attn has {names}, which tree attention '
