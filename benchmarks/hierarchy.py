@@ -2,18 +2,21 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Method hierspec on a 4-bit target beside vLLM's own methods, and the union with subspec.
 
-    python -m benchmarks.hierarchy [--gib 0.5] [--streamed-gib 1.6] [--tokens 256]
+    python -m benchmarks.hierarchy [--gib 2] [--streamed-gib 1.6] [--tokens 256] [--parts ...]
 
 One engine for each way, each in a process of its own; the prompts go round the engines, of which
 one computes at a time. The premise (arXiv 2505.22179, figure 2) is measured on the same machine: a
 pass of the target over n tokens, over one of a single token, with 4-bit weights and with the same
-model's bfloat16 weights. Writes benchmarks/results/hierarchy.json.
+model's bfloat16 weights. Writes benchmarks/results/hierarchy.json, of which ``--parts`` replaces
+what it measures; `benchmarks.plot_hierarchy` draws it.
 """
 
 import argparse
+import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,13 @@ RESULT = ROOT / "benchmarks" / "results" / "hierarchy.json"
 SMALL = str(ROOT / "models" / "pystd-1m")
 PASSES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
-NGRAM = {"method": "ngram", "depth": 4, "branching": 4, "nodes": 16}
+NGRAM = {"method": "ngram", "depth": 6, "branching": 4, "nodes": 16}
 MODEL = {"method": "draft_model", "model": SMALL, "depth": 4, "branching": 6, "nodes": 24}
+# The published settings of both designs.
+EAGLE = {"method": "eagle", "model": SMALL + "-eagle", "depth": 3, "branching": 10, "nodes": 30}
+TREE = {"method": "draft_model", "model": SMALL, "depth": 3, "branching": 10, "nodes": 24}
+INTERMEDIATE = {"method": "hierspec", "intermediate": SMALL}
+
 WAYS: dict[str, dict[str, Any] | None] = {
     "no speculation": None,
     "vLLM ngram": {
@@ -37,8 +45,11 @@ WAYS: dict[str, dict[str, Any] | None] = {
         "prompt_lookup_max": 5,
     },
     "vLLM draft_model": {"method": "draft_model", "model": SMALL, "num_speculative_tokens": 5},
-    "single-level tree": {"method": "hierspec", "drafter": MODEL},
-    "hierspec, ngram": {"method": "hierspec", "intermediate": SMALL, "drafter": NGRAM},
+    "tree, fixed": {"method": "hierspec", "drafter": TREE, "pruning": "none"},
+    "tree": {"method": "hierspec", "drafter": TREE},
+    "hierspec eagle, fixed": {**INTERMEDIATE, "drafter": EAGLE, "pruning": "none"},
+    "hierspec eagle": {**INTERMEDIATE, "drafter": EAGLE},
+    "hierspec ngram": {**INTERMEDIATE, "drafter": NGRAM},
 }
 UNION: dict[str, dict[str, Any]] = {"ngram": NGRAM, "draft_model": MODEL}
 
@@ -95,26 +106,34 @@ class Engine:
         theirs.close()
         self._pipe.recv()
 
-    def ask(self, asked: Any) -> Any:
-        self._pipe.send(asked)
-        return self._pipe.recv()
+    def generate(self, drafting: dict[str, Any] | None, prompt: str, tokens: int) -> Any:
+        """One answer; ``drafting`` are arguments of ``set_drafting``."""
+        return self._ask((prompt, tokens, drafting))
+
+    def pass_seconds(self) -> dict[int, float]:
+        found: dict[int, float] = self._ask("passes")
+        return found
 
     def close(self) -> None:
         self._pipe.send(None)
         self._process.join()
 
+    def _ask(self, asked: Any) -> Any:
+        self._pipe.send(asked)
+        return self._pipe.recv()
 
-def rounds(asks: dict[str, Callable[[str, int], Any]], args: argparse.Namespace) -> dict[str, Any]:
+
+def rounds(asks: Mapping[str, Callable[[str, int], Any]], tokens: int) -> dict[str, Any]:
     """Every prompt by every way in turn, after a warm-up of each."""
     from benchmarks.session import PROMPTS
 
     for ask in asks.values():
-        for prompt in PROMPTS[:2]:
-            ask(prompt, args.tokens // 2)
+        for prompt in PROMPTS:
+            ask(prompt, tokens // 2)
     answers: dict[str, list[Any]] = {name: [] for name in asks}
     for prompt in PROMPTS:
         for name, ask in asks.items():
-            answers[name].append(ask(prompt, args.tokens))
+            answers[name].append(ask(prompt, tokens))
     return {
         name: {
             "tokens_per_second": harmonic([a.tokens_per_second for a in given]),
@@ -128,20 +147,13 @@ def rounds(asks: dict[str, Callable[[str, int], Any]], args: argparse.Namespace)
 def hierspec(args: argparse.Namespace) -> dict[str, Any]:
     whole, low = quantised(args.gib)
     engines = {name: Engine(low, way) for name, way in WAYS.items()}
-    result: dict[str, Any] = {
-        "ways": rounds(
-            {
-                name: lambda prompt, tokens, e=engine: e.ask((prompt, tokens, None))
-                for name, engine in engines.items()
-            },
-            args,
-        )
-    }
-    result["pass_seconds"] = {"w4a16": engines["no speculation"].ask("passes")}
+    asks = {name: partial(engine.generate, None) for name, engine in engines.items()}
+    result: dict[str, Any] = {"ways": rounds(asks, args.tokens)}
+    result["pass_seconds"] = {"w4a16": engines["no speculation"].pass_seconds()}
     for engine in engines.values():
         engine.close()
     twin = Engine(whole, None)
-    result["pass_seconds"]["bfloat16"] = twin.ask("passes")
+    result["pass_seconds"]["bfloat16"] = twin.pass_seconds()
     twin.close()
     return result
 
@@ -162,31 +174,28 @@ def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "tree": {"hierarchy": False},
         "hierarchy": {},
     }
-    found = rounds(
-        {
-            name: lambda prompt, tokens, d=drafting: engine.ask((prompt, tokens, d))
-            for name, drafting in ways.items()
-        },
-        args,
-    )
+    asks = {name: partial(engine.generate, drafting) for name, drafting in ways.items()}
+    found = rounds(asks, args.tokens)
     engine.close()
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gib", type=float, default=0.5)
+    parser.add_argument("--gib", type=float, default=2)
     parser.add_argument("--streamed-gib", type=float, default=1.6)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--parts", nargs="+", default=["hierspec", "union"])
+    parser.add_argument("--parts", nargs="+", default=["hierspec", *UNION])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    result: dict[str, Any] = {"environment": report.environment()}
-    if "hierspec" in args.parts:
-        result["hierspec"] = hierspec(args)
-    if "union" in args.parts:
-        result["union"] = {name: union(drafter, args) for name, drafter in UNION.items()}
-    report.write(args.out, result)
+    result = json.loads(args.out.read_text()) if args.out.exists() else {"union": {}}
+    result["environment"] = report.environment()
+    for part in args.parts:
+        if part == "hierspec":
+            result["hierspec"] = hierspec(args)
+        else:
+            result["union"][part] = union(UNION[part], args)
+        report.write(args.out, result)
     return 0
 
 

@@ -15,7 +15,7 @@ from vllm import EngineArgs
 from vllm.config import KVTransferConfig
 from vllm.platforms import current_platform
 
-from tests.engine.helpers import CHAIN, MODEL, ROUGH, Engines, encode, generate, greedy
+from tests.engine.helpers import CHAIN, MODEL, MODELS, ROUGH, Engines, encode, generate, greedy
 from vllm_subspec.engine import attention
 
 
@@ -251,3 +251,65 @@ def test_an_fp8_cache_is_refused_for_trees_only(engines: Engines) -> None:
         engines.get(ROUGH, **small)
     llm = engines.get(CHAIN, **small)
     assert len(generate(llm, [encode("def ")], [greedy(8)])[0].tokens) == 8
+
+
+def hierarchy(drafter: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"method": "hierspec", "drafter": drafter, **options}
+
+
+NGRAM = {"method": "ngram"}
+SMALL = str(MODELS / "pystd-1m")
+HEAD_OF_SMALL = {"method": "eagle", "model": SMALL + "-eagle"}
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "says"),
+    [
+        ({"method": "hierspec"}, "drafter", "is missing"),
+        (hierarchy({}), "drafter.method", "is missing"),
+        (hierarchy({"method": "medusa"}), "drafter.method", '"eagle" or "eagle3"'),
+        (hierarchy({"method": "eagle"}), "drafter.model", '"eagle" needs a model'),
+        (hierarchy({"method": "ngram", "model": SMALL}), "drafter.model", "needs no model"),
+        (hierarchy({**HEAD_OF_SMALL, "model": "./no/head"}), "drafter.model", "an existing"),
+        (hierarchy({**NGRAM, "dept": 3}), "drafter.dept", 'did you mean "drafter.depth"?'),
+        (hierarchy({**NGRAM, "nodes": 0}), "drafter.nodes", "1 to 256"),
+        (hierarchy(NGRAM, intermediate="../nowhere/at/all"), "intermediate", "an existing"),
+        (hierarchy(NGRAM, bits=4), "bits", "for hierspec"),
+        (hierarchy(NGRAM, min_draft_length=33), "min_draft_length", "32"),
+        ({"min_draft_length": 4}, "min_draft_length", 'set "drafter" too'),
+        (hierarchy(HEAD_OF_SMALL), "drafter.model", "128 channels"),
+        ({"drafter": HEAD_OF_SMALL}, "drafter.model", "has 256"),
+    ],
+)
+def test_options_of_a_hierarchy(options: dict[str, Any], key: str, says: str) -> None:
+    message = refusal(MODEL, options)
+    assert f'"{key}"' in message
+    assert says in message
+
+
+@pytest.mark.parametrize("key", ["intermediate", "drafter"])
+def test_another_vocabulary(shape: Any, key: str) -> None:
+    other = str(shape(vocab_size=5000))
+    if key == "intermediate":
+        message = refusal(MODEL, hierarchy(NGRAM, intermediate=other))
+    else:
+        message = refusal(MODEL, hierarchy({"method": "draft_model", "model": other}))
+    assert f'"{key}' in message
+    assert "5000 tokens in its vocabulary, but the target has 4096" in message
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+def test_a_folder_without_a_model(tmp_path: Path, method: str) -> None:
+    message = refusal(MODEL, hierarchy({"method": method, "model": str(tmp_path)}))
+    assert message.startswith('speculative_config key "drafter.model"')
+    assert "cannot be read" in message
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_model_that_is_no_head(engines: Engines, method: str) -> None:
+    """Seen when its weights are read."""
+    options = hierarchy({"method": method, "model": SMALL}, intermediate=SMALL)
+    with pytest.raises(
+        ValueError, match='"drafter.model" is .*, which is no head of method "eagle'
+    ):
+        engines.get(options)

@@ -33,76 +33,14 @@ from tests.engine.helpers import (
     source_prompts,
     worker_of,
 )
+from tests.engine.kinds import KINDS, Params, seeded
 from vllm_subspec.core.acceptance import Walks, walk_batch
 from vllm_subspec.core.noise import SeedStream
 from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.engine import runner as runner_module
 
-Params = dict[str, Any]
-
 SETTINGS: dict[str, Any] = {"max_num_seqs": 120, "max_num_batched_tokens": 1024}
-# The tokens that most often follow a beginning of these.
-FREQUENT = [*encode(" 0"), *encode(":"), *encode("\n"), *encode("self")]
-GREEDY: Params = {"temperature": 0}
-
-KINDS: dict[str, list[Params]] = {
-    # Requests take these in turn.
-    "temperature 0.3": [{"temperature": 0.3}],
-    "temperature 0.6": [{"temperature": 0.6}],
-    "temperature 1": [{}],
-    "temperature 2": [{"temperature": 2.0}],
-    "top_k": [{"top_k": 3}],
-    "top_k 1": [{"top_k": 1}],
-    "top_p": [{"top_p": 0.7}],
-    "top_k and top_p": [{"temperature": 0.8, "top_k": 20, "top_p": 0.9}],
-    "min_tokens": [{"min_tokens": 9, "stop_token_ids": FREQUENT}],
-    "min_p": [{"min_p": 0.15}],
-    "logit_bias": [{"logit_bias": dict.fromkeys(FREQUENT, 3.0)}],
-    "presence_penalty": [{"presence_penalty": 1.5}],
-    "frequency_penalty": [{"frequency_penalty": 1.5}],
-    "repetition_penalty": [{"repetition_penalty": 1.5}],
-    "bad_words": [{"temperature": 0.5, "bad_words": [" self", ".", " = None", "()", "def __"]}],
-    "allowed_token_ids": [{"allowed_token_ids": sorted(set(encode("if a b: is None [0, 1],")))}],
-    "stop": [{"stop": ["self", "return", "):"]}],
-    "all together": [
-        {
-            "temperature": 0.8,
-            "top_k": 50,
-            "top_p": 0.95,
-            "min_tokens": 6,
-            "stop_token_ids": FREQUENT,
-            "stop": ["return"],
-            "presence_penalty": 0.5,
-            "frequency_penalty": 0.5,
-            "repetition_penalty": 1.2,
-            "bad_words": [" self", ".", " 0, 0"],
-            "min_p": 0.02,
-            "logit_bias": dict.fromkeys(encode("= ("), -2.0),
-        }
-    ],
-    "mixed": [
-        GREEDY,
-        {"top_k": 3},
-        {"temperature": 0.6, "presence_penalty": 1.0},
-        {**GREEDY, "repetition_penalty": 1.3, "bad_words": [" self"]},
-        {"min_tokens": 5, "stop_token_ids": FREQUENT},
-        {"min_p": 0.1},
-        {**GREEDY, "logit_bias": dict.fromkeys(FREQUENT, 2.0)},
-        {"top_p": 0.5, "allowed_token_ids": [*range(3000)]},
-        {**GREEDY, "min_tokens": 5, "stop_token_ids": FREQUENT},
-    ],
-}
 PROMPTS = source_prompts(21, 3, 120)
-
-
-def seeded(name: str) -> list[SamplingParams]:
-    kinds = KINDS[name]
-    given = [
-        {"temperature": 1.0, "seed": 100 + i, "max_tokens": 32, "ignore_eos": True}
-        | kinds[i % len(kinds)]
-        for i in range(len(PROMPTS))
-    ]
-    return [SamplingParams(**each) for each in given]
 
 
 # Continued in few ways, so that the samples show a small difference.
@@ -132,7 +70,9 @@ def sample(llm: LLM, name: str) -> list[Sequences]:
 @pytest.fixture(scope="module")
 def expected(engines: Engines) -> dict[str, list[Answer]]:
     """The seeded answers without speculation."""
-    return {name: engines.reference(PROMPTS, seeded(name), **SETTINGS) for name in KINDS}
+    return {
+        name: engines.reference(PROMPTS, seeded(name, len(PROMPTS)), **SETTINGS) for name in KINDS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +105,7 @@ def test_seeded_text_is_that_without_speculation(
     trees: LLM, expected: dict[str, list[Answer]], name: str
 ) -> None:
     before = draft_counts(trees)
-    answers = generate(trees, PROMPTS, seeded(name))
+    answers = generate(trees, PROMPTS, seeded(name, len(PROMPTS)))
     different = [i for i in range(len(PROMPTS)) if answers[i] != expected[name][i]]
     assert not different, (answers[different[0]], expected[name][different[0]])
     if name != "top_k 1":  # all other tokens have probability 0: they are no candidates
@@ -195,7 +135,7 @@ def test_the_text_does_not_depend_on_the_draft(
 ) -> None:
     names = ["temperature 1", "mixed"]
     trees.collective_rpc("set_drafting", kwargs=change)
-    answers = [generate(trees, PROMPTS, seeded(name)) for name in names]
+    answers = [generate(trees, PROMPTS, seeded(name, len(PROMPTS))) for name in names]
     trees.collective_rpc("set_drafting")
     assert answers == [expected[name] for name in names]
 
@@ -331,7 +271,7 @@ def test_power_of_seeds(
     but not for seeded text."""
     with monkeypatch.context() as patch:
         patch.setattr(SeedStream, "advance", lambda self, count: None)
-        answers = generate(trees, PROMPTS, seeded("temperature 1"))
+        answers = generate(trees, PROMPTS, seeded("temperature 1", len(PROMPTS)))
     pairs = zip(answers, expected["temperature 1"], strict=True)
     assert sum(mine != other for mine, other in pairs) > len(PROMPTS) // 2
 
@@ -352,5 +292,5 @@ def test_seeded_text_with_chains(engines: Engines, expected: dict[str, list[Answ
     llm = engines.get(CHAIN, **SETTINGS)
     for name in ("all together", "mixed"):
         before = draft_counts(llm)
-        assert generate(llm, PROMPTS, seeded(name)) == expected[name]
+        assert generate(llm, PROMPTS, seeded(name, len(PROMPTS))) == expected[name]
         assert_chains_were_tried(draft_counts(llm) - before, 20)

@@ -124,6 +124,7 @@ rows_of = st.lists(
         st.lists(st.integers(0, VOCAB - 1), min_size=3, max_size=9),
         st.integers(1, 12),  # depth
         st.integers(1, 12),  # limit
+        st.integers(1, 24),  # slots
     ),
     min_size=1,
     max_size=4,
@@ -132,18 +133,18 @@ rows_of = st.lists(
 
 @given(rows_of, st.integers(1, 9), st.integers(0, 1 << 20))
 def test_the_sequence_is_the_intermediates_own(
-    asked: list[tuple[list[int], int, int]], least: int, seed: int
+    asked: list[tuple[list[int], int, int, int]], least: int, seed: int
 ) -> None:
     rows = [
-        DraftRow(i, str(i), np.array(text, np.int32), depth, limit, slots=24)
-        for i, (text, depth, limit) in enumerate(asked)
+        DraftRow(i, str(i), np.array(text, np.int32), depth, limit, slots)
+        for i, (text, depth, limit, slots) in enumerate(asked)
     ]
     intermediate, inner = FunctionIntermediate(), RandomDrafter(seed)
     hierarchy = Hierarchy(intermediate, inner, FixedSequence(16, least), 8, 0.2, CPU)
     drafts = hierarchy.propose(rows)
     for row, draft in zip(rows, drafts, strict=True):
         most = min(row.depth, row.limit)
-        assert min(least, most) <= len(draft) <= most
+        assert min(least, most, row.slots) <= len(draft) <= most
         assert draft.tree.is_chain
         assert list(draft) == alone(row, len(draft))
     assert len(hierarchy.last.nodes) == len(hierarchy.last.seconds) == intermediate.passes

@@ -11,7 +11,7 @@ The sequence is a guess like any other draft: what the target emits does not dep
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +52,7 @@ class Hierarchy:
         draft_temperature: sharpens the intermediate's probabilities, which are the confidence in
             its tokens.
         device: of the intermediate's logits.
+        agree: gives the same seconds on all ranks, so that they decide alike.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Hierarchy:
         nodes: int,
         draft_temperature: float,
         device: torch.device,
+        agree: Callable[[Sequence[float]], list[float]] = list,
     ) -> None:
         self.growth = growth
         self.last = Drafting()
@@ -70,6 +72,7 @@ class Hierarchy:
         self._nodes = nodes
         self._sharpness = 1.0 / draft_temperature
         self._device = device
+        self._agree = agree
 
     @property
     def max_depth(self) -> int:
@@ -88,7 +91,8 @@ class Hierarchy:
             clock.append(time.perf_counter())
             survival = np.zeros(len(rows))
             for i in going:
-                if len(sequences[i].tokens) < min(rows[i].depth, rows[i].limit):
+                row = sequences[i].row
+                if min(row.depth, row.limit, row.slots) > 0:
                     survival[i] = sequences[i].survival[-1]
             lengths = [len(sequence.tokens) for sequence in sequences]
             going = np.flatnonzero(self.growth.goes_on(survival, lengths))
@@ -165,12 +169,11 @@ class Hierarchy:
         """What the pass says about the inner drafter; ``seconds`` are the pass's own."""
         self._inner.observe(drafts, walks)
         if all(len(draft) for draft in drafts):
-            inner, nodes = self._inner.last, sum(map(len, drafts))
-            emitted = int(walks.counts.sum()) + len(drafts)
+            inner, rows, nodes = self._inner.last, len(drafts), sum(map(len, drafts))
+            emitted = int(walks.counts.sum()) + rows
+            seconds, *steps = self._agree([seconds, *inner.seconds])
             self._inner.observe_round(
-                Round(
-                    len(drafts), inner.nodes, inner.seconds, nodes + len(drafts), emitted, seconds
-                )
+                Round(rows, inner.nodes, steps, nodes + rows, emitted, seconds)
             )
 
     def _cut(self, sequences: list[_Sequence]) -> list[DraftTokens]:

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Configurations of the models that draft beside the target."""
 
+import os
+
+from pydantic import ValidationError
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 
 from vllm_subspec.config import HierspecOptions, SubspecOptions
@@ -23,6 +26,8 @@ def speculative_config(
         num_speculative_tokens=1,
         target_model_config=target,
         target_parallel_config=parallel,
+        # The vocabulary is for `check`, which says it in one sentence.
+        use_heterogeneous_vocab=method == "draft_model",
     )
 
 
@@ -56,9 +61,12 @@ def _readable(
     try:
         found: ModelConfig = speculative_config(model, method, base, parallel).draft_model_config
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = (said.strip() or repr(error)).splitlines()[0].removeprefix("Value error, ")
+        if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
+            reason = "it has no config.json"
         raise ValueError(
-            f'speculative_config key "{key}" is {model!r}, which cannot be read: {reason}'
+            f'speculative_config key "{key}" is {model!r}, which cannot be read: {reason.rstrip(".")}'
         ) from error
     return found
 

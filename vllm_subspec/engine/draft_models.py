@@ -59,6 +59,9 @@ def load_head(
         own: the head's configuration.
         base: the model that it drafts for, with configuration ``model``.
         name: of the head among the engine's layers.
+
+    Raises:
+        ValueError: the checkpoint is no such head, or the model cannot feed one.
     """
     config = replace(
         runner.vllm_config, model_config=model, quant_config=None, speculative_config=own
@@ -66,7 +69,14 @@ def load_head(
     layers: set[str] = set()
     with _layers_of(runner.vllm_config, layers):
         loader = _HeadLoader(config, runner.device, name)
-        loader.load_model(base)
+        try:
+            loader.load_model(base)
+        except (AttributeError, KeyError, ValueError) as error:
+            reason = str(error).split(". ")[0].rstrip(".")
+            raise ValueError(
+                f'speculative_config key "drafter.model" is {own.model!r}, which is no head of '
+                f'method "{own.method}" for {model.model}: {reason}'
+            ) from error
     if own.method == "eagle3":
         if not supports_eagle3(base):
             raise ValueError(

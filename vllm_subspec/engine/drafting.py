@@ -27,7 +27,7 @@ from vllm_subspec.drafters.base import Drafter
 from vllm_subspec.drafters.hierarchy import Hierarchy
 from vllm_subspec.drafters.model import ModelDrafter
 from vllm_subspec.drafters.ngram import NgramDrafter
-from vllm_subspec.engine import draft_configs, draft_models
+from vllm_subspec.engine import draft_configs, draft_models, ranks
 from vllm_subspec.engine.coverage import Coverage, OwnCoverage, TargetCoverage
 from vllm_subspec.engine.draft_forward import TreeModel
 from vllm_subspec.engine.features import Features, Tap
@@ -61,6 +61,8 @@ class Models:
         self._options = options
         self._build_substitute = build_substitute
         self.target_layers: frozenset[str]
+        self.max_length: int = runner.max_model_len
+        """Tokens of a text that all models can read; beyond, nothing is drafted."""
         self._intermediate: tuple[PagedModel, Coverage] | None = None
         self._inner: TreeModel | HeadModel | None = None
         self._tap: Tap | None = None
@@ -75,6 +77,7 @@ class Models:
         base, base_config = target, config.model_config
         if isinstance(options, HierspecOptions) and options.intermediate is not None:
             base_config = self._config(options.intermediate, "draft_model").draft_model_config
+            self.max_length = min(self.max_length, base_config.max_model_len)
             base, layers = draft_models.load(config, base_config, "intermediate")
             self._intermediate = PagedModel(runner, base, layers), self._own_coverage()
         if options.drafter is not None and options.drafter.model is not None:
@@ -96,10 +99,14 @@ class Models:
             pruning: the option of that name.
             hierarchy: whether the options' own drafter takes part; if not, the substitute or the
                 intermediate drafts alone.
+
+        Raises:
+            ValueError: without a hierarchy there is nothing that drafts.
         """
         options, device = self._options, self._runner.device
         if options.drafter is None or not hierarchy:
-            assert self._intermediate is not None
+            if self._intermediate is None:
+                raise ValueError('"hierarchy" is False, but there is no "intermediate" to draft')
             return ModelDrafter(
                 TreeModel(*self._intermediate),
                 _growth(depth, pruning),
@@ -120,6 +127,7 @@ class Models:
             options.drafter.nodes,
             options.draft_temperature,
             device,
+            ranks.agree,
         )
 
     def settle(
@@ -177,6 +185,7 @@ class Models:
         runner = self._runner
         assert options.model is not None
         own = self._config(options.model, options.method, base_config)
+        self.max_length = min(self.max_length, own.draft_model_config.max_model_len)
         if options.method == "draft_model":
             module, layers = draft_models.load(
                 runner.vllm_config, own.draft_model_config, "drafter"

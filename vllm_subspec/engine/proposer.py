@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
 
 from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.drafters.base import ComputedRow, Drafter, DraftRow
+from vllm_subspec.engine import ranks
 from vllm_subspec.engine.drafting import Models, Pruning
 from vllm_subspec.engine.method import options_of
 from vllm_subspec.engine.metrics import DraftingStats
@@ -40,7 +40,6 @@ class DraftProposer:
         self.enabled = True
         self.stats = DraftingStats()
         self._max_model_len = vllm_config.model_config.max_model_len
-        self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
         self._pass_began: float | None = None
         self._last_draft_seconds = 0.0
@@ -105,7 +104,7 @@ class DraftProposer:
                 continue
             if not emitted:  # a part of the prompt; the token behind it is known
                 end = int(verification.roots[index]) + 2
-            name = verification.request_ids[index]
+            name, end = verification.request_ids[index], min(end, self._models.max_length + 1)
             computed.append(ComputedRow(index, name, token_ids_cpu[index, :end].copy()))
         if computed:
             self.drafter.follow(computed)
@@ -129,9 +128,9 @@ class DraftProposer:
         depth = min(self.drafter.max_depth, limit)
         if params.max_tokens is not None:
             depth = min(depth, params.max_tokens - len(request.output_token_ids) - 1)
-        if depth < 1:
+        slots = min(options.lookahead, self._models.max_length - position)
+        if depth < 1 or slots < 1:
             return None
-        slots = min(options.lookahead, self._max_model_len - position)
         row = DraftRow(index, request_id, history.copy(), depth, limit, slots)
         if params.temperature < 1e-5:
             return row
@@ -160,7 +159,7 @@ class DraftProposer:
         last = self.drafter.last
         # Between the steps and the pass lies a little that belongs to neither: the round's rest.
         rest = self._last_draft_seconds - sum(last.seconds) + verify_seconds
-        rest, *step_seconds = self._agree(rest, *last.seconds)
+        rest, *step_seconds = ranks.agree([rest, *last.seconds])
         self.drafter.observe_round(
             Round(rows, last.nodes, step_seconds, nodes + rows, emitted, rest)
         )
@@ -175,11 +174,3 @@ class DraftProposer:
         stats.forward_seconds += last.forward_seconds
         stats.draft_seconds += self._last_draft_seconds
         stats.verify_seconds += verify_seconds
-
-    def _agree(self, *seconds: float) -> list[float]:
-        """Rank 0's clock: all ranks must decide alike."""
-        if self._tp_size == 1:
-            return list(seconds)
-        clock = torch.tensor(seconds, dtype=torch.float64, device=self._runner.device)
-        agreed: list[float] = get_tp_group().broadcast(clock, src=0).tolist()
-        return agreed
