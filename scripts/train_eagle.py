@@ -147,7 +147,7 @@ class Head(nn.Module):
         self.norm.load_state_dict(target.model.norm.state_dict())
         self.lm_head = linear(target.lm_head.weight)
 
-    def attend(self, attention: nn.Module, x: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def attend(self, attention: Any, x: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attention of one step for every base position; its keys and values join `past`."""
         batch, length, _ = x.shape
         query, key, value = (
@@ -170,11 +170,10 @@ class Head(nn.Module):
 
     def step(self, embeds: Tensor, feature: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The next feature from the embedding of the token that was drafted or accepted last."""
+        layer: Any = self.layers[0] if self.kind == "eagle" else self.midlayer
         if self.kind == "eagle":
-            layer = self.layers[0]
             residual = x = self.fc(torch.cat([embeds, feature], dim=-1))
         else:
-            layer = self.midlayer
             residual = feature
             x = torch.cat([layer.input_layernorm(embeds), layer.hidden_norm(feature)], dim=-1)
         hidden = residual + self.attend(layer.self_attn, x, past)

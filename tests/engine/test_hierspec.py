@@ -28,16 +28,16 @@ from tests.engine.hierarchies import SMALL, WAYS
 from tests.engine.kinds import KINDS, seeded
 
 TIGHT: dict[str, Any] = {
-    "max_model_len": 256,
-    "max_num_batched_tokens": 160,
-    "max_num_seqs": 8,
+    "max_model_len": 176,
+    "max_num_batched_tokens": 192,
+    "max_num_seqs": 16,
     "kv_cache_memory_bytes": 24 << 20,
 }
 
 # Every sampling parameter, greedy ones up to max_model_len, prompts in chunks.
-PARAMS = [seeded(name, i + 1)[i] for i, name in enumerate(KINDS)]
-PARAMS = [*PARAMS[:6], greedy(60), *PARAMS[6:12], greedy(300), *PARAMS[12:], greedy(300)]
-PROMPTS = source_prompts(len(PARAMS), 2, 200)
+PARAMS = [seeded(name, i + 1, max_tokens=24)[i] for i, name in enumerate(KINDS)]
+PARAMS = [*PARAMS[:6], greedy(40), *PARAMS[6:12], greedy(300), *PARAMS[12:], greedy(300)]
+PROMPTS = source_prompts(len(PARAMS), 2, 140)
 ABORTED = {2: 3, 5: 8, 9: 13}
 """Requests, by the step after which they are aborted."""
 
@@ -62,7 +62,7 @@ def test_answers_are_the_targets(engines: Engines, expected: list[Answer], way: 
     assert generate(llm, PROMPTS, PARAMS) == expected
     counts = draft_counts(llm)
     assert counts.accepted > 50 and counts.rejected > 50, counts
-    assert (counts.trees > 50) == way.startswith("target"), counts
+    assert (counts.trees > 20) == way.startswith("target"), counts
 
     hits = metric(llm, "prefix_cache_hits")
     free = scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
@@ -92,8 +92,8 @@ def test_own_pages_hold_what_a_prefill_computes(engines: Engines, way: str) -> N
     llm = engines.get(WAYS[way], **TIGHT)
     llm.reset_prefix_cache()
     prompts = source_prompts(6, 5, 60)
-    sampled = SamplingParams(temperature=0.8, seed=5, max_tokens=150, ignore_eos=True)
-    batch = Batch(llm, prompts, [greedy(150), sampled] * 3)
+    sampled = SamplingParams(temperature=0.8, seed=5, max_tokens=100, ignore_eos=True)
+    batch = Batch(llm, prompts, [greedy(100), sampled] * 3)
     coverages = worker_of(llm).proposer._models._coverages
     prefixes = ["intermediate.", "drafter."][-len(coverages) :]
     pages: dict[tuple[int, str], torch.Tensor] = {}

@@ -309,7 +309,5 @@ def test_a_folder_without_a_model(tmp_path: Path, method: str) -> None:
 def test_a_model_that_is_no_head(engines: Engines, method: str) -> None:
     """Seen when its weights are read."""
     options = hierarchy({"method": method, "model": SMALL}, intermediate=SMALL)
-    with pytest.raises(
-        ValueError, match='"drafter.model" is .*, which is no head of method "eagle'
-    ):
+    with pytest.raises(ValueError, match='"drafter.model" is .*, which is no head of "eagle'):
         engines.get(options)

@@ -65,8 +65,9 @@ def _readable(
         reason = (said.strip() or repr(error)).splitlines()[0].removeprefix("Value error, ")
         if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
             reason = "it has no config.json"
+        reason = reason.rstrip(".")
         raise ValueError(
-            f'speculative_config key "{key}" is {model!r}, which cannot be read: {reason.rstrip(".")}'
+            f'speculative_config key "{key}" is {model!r}, which cannot be read: {reason}'
         ) from error
     return found
 

@@ -75,7 +75,7 @@ def load_head(
             reason = str(error).split(". ")[0].rstrip(".")
             raise ValueError(
                 f'speculative_config key "drafter.model" is {own.model!r}, which is no head of '
-                f'method "{own.method}" for {model.model}: {reason}'
+                f'"{own.method}" for {model.model}: {reason}'
             ) from error
     if own.method == "eagle3":
         if not supports_eagle3(base):

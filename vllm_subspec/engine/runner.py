@@ -58,6 +58,9 @@ class TreeRunner(GPUModelRunner):
         layers = [context[name] for name in paged if name in names]
         return [layer for layer in layers if layer.kv_sharing_target_layer_name is None]
 
+    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
+        """Done for whichever model the head drafts for, when it is loaded (`draft_models`)."""
+
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         count = self.input_batch.num_reqs

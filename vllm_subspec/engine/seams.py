@@ -29,6 +29,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": ("logits", "spec_decode_metadata"),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": ("sampler_output",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": (),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._setup_eagle3_aux_hidden_state_outputs": (),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
         "scheduler_output",
         "num_scheduled_tokens",
