@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Method hierspec on a 4-bit target beside vLLM's own methods, and the union with subspec.
 
-    python -m benchmarks.hierarchy [--gib 2] [--streamed-gib 1.6] [--tokens 256] [--parts ...]
+    python -m benchmarks.hierarchy [--gib 0.5] [--streamed-gib 1.6] [--tokens 256] [--parts ...]
 
 One engine for each way, each in a process of its own; the prompts go round the engines, of which
 one computes at a time. The premise (arXiv 2505.22179, figure 2) is measured on the same machine: a
@@ -182,7 +182,7 @@ def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gib", type=float, default=2)
+    parser.add_argument("--gib", type=float, default=0.5)
     parser.add_argument("--streamed-gib", type=float, default=1.6)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--parts", nargs="+", default=["hierspec", *UNION])

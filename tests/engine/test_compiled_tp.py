@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Answers with a compiled target, over two tensor-parallel ranks, and in bf16."""
+"""Answers with a compiled target, over two tensor-parallel ranks, and in bf16, where a target may
+also be quantized."""
 
 import json
 import os
@@ -26,6 +27,8 @@ from tests.engine.helpers import (
     source_prompts,
     worker_of,
 )
+from tests.engine.hierarchies import WAYS
+from vllm_subspec.cli.main import main
 
 PROMPTS = source_prompts(16, shortest=1, longest=200)
 PARAMS = [greedy(32)] * 16
@@ -74,14 +77,20 @@ def test_two_ranks(tmp_path: Path) -> None:
     asked_for = [i for i, params in enumerate(TWO_RANKS) if params.seed or not params.temperature]
     for i in asked_for:
         assert report["drafting"][i] == report["plain"][i], f"request {i}"
-    assert_trees_were_tried(DraftCounts(**report["counts"]), 20)
+        assert report["hierarchy"][i] == report["plain"][i], f"request {i}"
+    assert_trees_were_tried(DraftCounts(**report["drafting counts"]), 20)
+    assert DraftCounts(**report["hierarchy counts"]).accepted > 50
     assert {f.name.split(".")[-2] for f in tmp_path.glob("*.store")} == {"rank0of2", "rank1of2"}
 
 
 def _answer_on_two_ranks(store_dir: str) -> None:
     """Prints the answers without and with speculation and the draft's counts as a line of JSON."""
     report: dict[str, Any] = {}
-    for name, speculative in (("plain", None), ("drafting", {**ROUGH, "store_dir": store_dir})):
+    # What a hierarchy drafts depends on measured time, which differs between the ranks.
+    hierarchy = {**WAYS["substitute-eagle"], "pruning": "dynamic"}
+    ways = {"plain": None, "drafting": ROUGH, "hierarchy": hierarchy}
+    for name, options in ways.items():
+        speculative = None if options is None else {**options, "store_dir": store_dir}
         llm = LLM(
             str(MODEL),
             dtype="float32",
@@ -98,12 +107,13 @@ def _answer_on_two_ranks(store_dir: str) -> None:
             llm.collective_rpc(count_drafts)
         report[name] = [a.tokens for a in generate(llm, PROMPTS[:8], TWO_RANKS)]
         if speculative is not None:
-            report["counts"] = vars(draft_counts(llm))
+            report[f"{name} counts"] = vars(draft_counts(llm))
         llm.llm_engine.engine_core.shutdown()
     print("\n" + json.dumps(report), flush=True)
 
 
-def test_bf16_differs_only_at_near_ties(engines: Engines) -> None:
+@pytest.mark.parametrize("target", ["streamed", "W4A16"])
+def test_bf16_differs_only_at_near_ties(engines: Engines, tmp_path: Path, target: str) -> None:
     """Each first difference is between two tokens that bf16 itself cannot order.
 
     bf16 keeps 8 bits of a sum, so a token's log-probability depends on the order of the additions:
@@ -115,12 +125,16 @@ def test_bf16_differs_only_at_near_ties(engines: Engines) -> None:
     """
     prompts = source_prompts(32, shortest=10, longest=150)
     params = [greedy(48, logprobs=5) for _ in prompts]
-    plain = engines.get(None, dtype="bfloat16")
+    model, options = MODEL, ROUGH
+    if target == "W4A16":
+        model, options = tmp_path / "w4", WAYS["small-eagle"]
+        assert main(["quantize", str(MODEL), str(model), "--bits", "4"]) == 0
+    plain = engines.get(None, model, dtype="bfloat16")
     baseline = _scored(plain, prompts, params)
     answers = [tokens for tokens, _ in baseline]
     whole = [p + list(t) for p, t in zip(prompts, answers, strict=True)]
     scores = [_prompt_scores(plain, whole)]
-    llm = engines.get(ROUGH, dtype="bfloat16")
+    llm = engines.get(options, model, dtype="bfloat16")
     llm.collective_rpc("set_speculation", args=(False,))
     scores.append(_prompt_scores(llm, whole))
     llm.collective_rpc("set_speculation", args=(True,))
@@ -134,7 +148,7 @@ def test_bf16_differs_only_at_near_ties(engines: Engines) -> None:
 
     drafted = generate(llm, prompts, [greedy(48)] * len(prompts))
 
-    assert_trees_were_tried(draft_counts(llm), 100)
+    assert draft_counts(llm).accepted > 100
     same = 0
     for i, answer in enumerate(drafted):
         if answer.tokens == answers[i]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""A hierarchy drafts what its intermediate model would have drafted alone, whatever the inner
-drafter proposes. The intermediate is a function of the text here: the engine's own are tested in
-`tests/engine`."""
+"""A hierarchy drafts what its intermediate model would have drafted alone, or, where that turned
+out better, what the inner drafter proposed. The intermediate is a function of the text here: the
+engine's own are tested in `tests/engine`."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from vllm_subspec.core.acceptance import Walks
 from vllm_subspec.core.cost import FixedSequence, Round, SequenceController
 from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.opinions import Opinions
 from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.drafters.base import ComputedRow, Drafting, DraftRow
-from vllm_subspec.drafters.hierarchy import Hierarchy
+from vllm_subspec.drafters.hierarchy import Hierarchy, SequenceDraft
 
 VOCAB = 7
 CPU = torch.device("cpu")
@@ -112,11 +113,21 @@ class RandomDrafter:
         assert done.emitted_tokens >= done.rows
 
 
-def alone(row: DraftRow, length: int) -> list[int]:
-    text = row.history.tolist()
-    for _ in range(length):
-        text.append(next_token(text))
-    return text[row.history.size :]
+def opinion(row: DraftRow, draft: list[int]) -> list[bool]:
+    """Of each drafted token whether it is the intermediate's own."""
+    text, own = row.history.tolist(), []
+    for token in draft:
+        own.append(token == next_token(text))
+        text.append(token)
+    return own
+
+
+def believe(hierarchy: Hierarchy, rivals: bool) -> None:
+    """Where the two differ, the one or the other is always right."""
+    ones = np.ones(50, np.int64)
+    said = Opinions(ones, np.linspace(0, 1, 50), 2 * ones, np.linspace(0, 1, 50))
+    for _ in range(20):
+        hierarchy.judge.observe(said, 2 * ones if rivals else ones)
 
 
 rows_of = st.lists(
@@ -131,9 +142,9 @@ rows_of = st.lists(
 )
 
 
-@given(rows_of, st.integers(1, 9), st.integers(0, 1 << 20))
-def test_the_sequence_is_the_intermediates_own(
-    asked: list[tuple[list[int], int, int, int]], least: int, seed: int
+@given(rows_of, st.integers(1, 9), st.integers(0, 1 << 20), st.booleans())
+def test_a_sequence_is_as_long_as_asked_and_believes_the_better_one(
+    asked: list[tuple[list[int], int, int, int]], least: int, seed: int, rivals: bool
 ) -> None:
     rows = [
         DraftRow(i, str(i), np.array(text, np.int32), depth, limit, slots)
@@ -141,13 +152,18 @@ def test_the_sequence_is_the_intermediates_own(
     ]
     intermediate, inner = FunctionIntermediate(), RandomDrafter(seed)
     hierarchy = Hierarchy(intermediate, inner, FixedSequence(16, least), 8, 0.2, CPU)
+    believe(hierarchy, rivals)
     drafts = hierarchy.propose(rows)
+    assert len(hierarchy.last.nodes) == len(hierarchy.last.seconds) == intermediate.passes
     for row, draft in zip(rows, drafts, strict=True):
         most = min(row.depth, row.limit)
         assert min(least, most, row.slots) <= len(draft) <= most
         assert draft.tree.is_chain
-        assert list(draft) == alone(row, len(draft))
-    assert len(hierarchy.last.nodes) == len(hierarchy.last.seconds) == intermediate.passes
+        assert isinstance(draft, SequenceDraft)
+        own, rival = np.array(opinion(row, list(draft))), np.array(draft.said.rivals)
+        differ = (rival >= 0) & (rival != draft.said.own)
+        assert (own == ~(differ & rivals)).all()
+        assert (np.array(list(draft))[~own] == rival[~own]).all()
 
 
 def test_growth_ends_where_nothing_is_gained() -> None:

@@ -55,11 +55,16 @@ class AcceptanceModel:
 
     Each bucket is a pair of counts, begun with pseudo-counts of the published table and slowly
     forgotten, so that the estimate follows the texts being written.
+
+    Args:
+        share: of the published acceptance that is expected at first.
+        count: observations that this expectation is worth.
     """
 
-    def __init__(self) -> None:
-        self._trials = np.full(_PRIOR_PROBABILITY.size + 1, _PRIOR_COUNT)
-        self._accepted = self._trials * np.append(_PRIOR_ACCEPTANCE, _PRIOR_NEXT)  # last: any token
+    def __init__(self, share: float = 1.0, count: float = _PRIOR_COUNT) -> None:
+        self._trials = np.full(_PRIOR_PROBABILITY.size + 1, count)
+        prior = share * np.append(_PRIOR_ACCEPTANCE, _PRIOR_NEXT)  # last: any token
+        self._accepted = self._trials * prior
         self._edges = (_PRIOR_PROBABILITY[1:] + _PRIOR_PROBABILITY[:-1]) / 2
 
     def estimate(self, top1: npt.ArrayLike) -> Floats:

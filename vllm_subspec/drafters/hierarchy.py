@@ -7,20 +7,26 @@ the intermediate verifies the trees, again and again, and the target verifies th
 add up to. With the target's own substitute as the intermediate (SubSpec, arXiv 2509.18344) a pass
 over the substitute verifies a tree where it would have grown one level.
 
+Where the drafter below differs from the intermediate, the one that has been right more often is
+followed (`core.opinions`).
+
 The sequence is a guess like any other draft: what the target emits does not depend on it.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_subspec.core.acceptance import Walks, walk_batch
 from vllm_subspec.core.cost import Round, SequenceController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.growth import best_tokens
+from vllm_subspec.core.opinions import Judge, Opinions
 from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.drafters.base import ComputedRow, Drafter, Drafting, DraftRow, Intermediate
 from vllm_subspec.drafters.foresight import Foresight
@@ -33,12 +39,29 @@ class _Sequence:
     row: DraftRow
     """As it is behind the newest drafted token."""
     tokens: list[int] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
+    probability: list[float] = field(default_factory=list)
     survival: list[float] = field(default_factory=list)
+    said: list[Opinions] = field(default_factory=list)
 
-    def draft(self, length: int) -> DraftTokens:
+    def draft(self, length: int) -> "SequenceDraft":
         tree = TokenTree.chain(self.tokens[:length], self.survival[:length])
-        return DraftTokens(tree, self.confidence[:length])
+        said = Opinions.join(self.said).select(np.arange(length))
+        return SequenceDraft(tree, self.probability[:length], said)
+
+
+class SequenceDraft(DraftTokens):
+    """A sequence that remembers what was said of each of its tokens."""
+
+    def __init__(self, tree: TokenTree, confidence: npt.ArrayLike, said: Opinions) -> None:
+        super().__init__(tree, confidence)
+        self.said = said
+
+    def select(self, nodes: npt.NDArray[np.integer]) -> "SequenceDraft":
+        if len(nodes) == len(self):
+            return self
+        return SequenceDraft(
+            self.tree.select(nodes), self.confidence[nodes], self.said.select(nodes)
+        )
 
 
 class Hierarchy:
@@ -66,6 +89,7 @@ class Hierarchy:
         agree: Callable[[Sequence[float]], list[float]] = list,
     ) -> None:
         self.growth = growth
+        self.judge = Judge()
         self.last = Drafting()
         self._intermediate = intermediate
         self._inner = inner
@@ -104,10 +128,13 @@ class Hierarchy:
         self._inner.follow(rows)
 
     def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
-        for draft, count in zip(drafts, walks.counts, strict=True):
+        for draft, count, last in zip(drafts, walks.counts, walks.last, strict=True):
+            if not isinstance(draft, SequenceDraft):
+                continue  # a row without one
             tested = min(int(count) + 1, len(draft))
-            accepted = np.arange(tested) < count
-            self.growth.acceptance.observe(draft.confidence[:tested], accepted)
+            truth = np.append(draft.tree.tokens[:count], last)[:tested]
+            self.growth.acceptance.observe(draft.confidence[:tested], np.arange(tested) < count)
+            self.judge.observe(draft.said.select(np.arange(tested)), truth)
 
     def observe_round(self, done: Round) -> None:
         self.growth.observe_round(done)
@@ -146,24 +173,29 @@ class Hierarchy:
         depths = before + np.concatenate([np.append(0, tree.depths) for tree in trees])
         foreseen = foresight(logits, np.repeat(owners, counts), depths)
         best, logs = best_tokens(foreseen, self._sharpness, 1)
-        walks = walk_batch(trees, best[:, 0])
+        starts = np.append(0, np.cumsum(counts))
+        parts = [slice(*pair) for pair in pairwise(starts)]
+        confidence = np.exp(logs[:, 0]).astype(np.float64)
+        said = Opinions.join(
+            [
+                Opinions.of_tree(draft.tree, draft.confidence, best[part, 0], confidence[part])
+                for draft, part in zip(drafts, parts, strict=True)
+            ]
+        )
+        chosen, probability = self.judge.choose(said)
+        walks = walk_batch(trees, chosen)
         self._intermediate.keep(walks)
         self._learn(drafts, walks, time.perf_counter() - began)
-        starts = np.append(0, np.cumsum(counts))
-        for sequence, path, start in zip(sequences, walks.paths, starts, strict=False):
-            visited = start + np.append(0, path + 1)
-            self._append(sequence, best[visited, 0], np.exp(logs[visited, 0]))
+        for sequence, path, part in zip(sequences, walks.paths, parts, strict=True):
+            room = min(sequence.row.depth, sequence.row.limit)
+            visited = part.start + np.append(0, path + 1)[:room]
+            reached = sequence.survival[-1] if sequence.survival else 1.0
+            sequence.tokens += chosen[visited].tolist()
+            sequence.probability += probability[visited].tolist()
+            sequence.survival += (reached * np.cumprod(probability[visited])).tolist()
+            sequence.said.append(said.select(visited))
+            sequence.row = sequence.row.after(chosen[visited].astype(np.int32))
         return forward_seconds
-
-    def _append(self, sequence: _Sequence, tokens: np.ndarray, confidence: np.ndarray) -> None:
-        room = min(sequence.row.depth, sequence.row.limit)
-        tokens, confidence = tokens[:room], confidence[:room]
-        reached = sequence.survival[-1] if sequence.survival else 1.0
-        survival = reached * np.cumprod(self.growth.acceptance.estimate(confidence))
-        sequence.tokens += tokens.tolist()
-        sequence.confidence += confidence.tolist()
-        sequence.survival += survival.tolist()
-        sequence.row = sequence.row.after(tokens.astype(np.int32))
 
     def _learn(self, drafts: list[DraftTokens], walks: Walks, seconds: float) -> None:
         """What the pass says about the inner drafter; ``seconds`` are the pass's own."""
