@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Method hierspec on a 4-bit target beside vLLM's own methods, and the union with subspec.
 
-    python -m benchmarks.hierarchy [--gib 0.5] [--streamed-gib 1.6] [--tokens 256] [--parts ...]
+    python -m benchmarks.hierarchy [--gib 0.5] [--tokens 256] [--streamed-gib 1.6]
+        [--streamed-tokens 128] [--parts ...]
 
 One engine for each way, each in a process of its own; the prompts go round the engines, of which
 one computes at a time. The premise (arXiv 2505.22179, figure 2) is measured on the same machine: a
@@ -51,6 +52,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "hierspec eagle": {**INTERMEDIATE, "drafter": EAGLE},
     "hierspec ngram": {**INTERMEDIATE, "drafter": NGRAM},
 }
+TEMPERATURES = (0.0, 0.6)
 UNION: dict[str, dict[str, Any]] = {"ngram": NGRAM, "draft_model": MODEL}
 
 
@@ -88,10 +90,10 @@ def _serve(model: Path, speculative: dict[str, Any] | None, pipe: Connection) ->
             rpc = session.llm.collective_rpc
             pipe.send({n: rpc(_pass_seconds, args=(n,))[0] for n in PASSES})
             continue
-        prompt, tokens, drafting = asked
+        drafting, temperature, prompt, tokens = asked
         if drafting is not None:
             session.llm.collective_rpc("set_drafting", kwargs=drafting)
-        (answer,) = session.generate([prompt], tokens)
+        (answer,) = session.generate([prompt], tokens, temperature=temperature, seed=0)
         pipe.send(answer)
 
 
@@ -106,9 +108,11 @@ class Engine:
         theirs.close()
         self._pipe.recv()
 
-    def generate(self, drafting: dict[str, Any] | None, prompt: str, tokens: int) -> Any:
+    def generate(
+        self, drafting: dict[str, Any] | None, temperature: float, prompt: str, tokens: int
+    ) -> Any:
         """One answer; ``drafting`` are arguments of ``set_drafting``."""
-        return self._ask((prompt, tokens, drafting))
+        return self._ask((drafting, temperature, prompt, tokens))
 
     def pass_seconds(self) -> dict[int, float]:
         found: dict[int, float] = self._ask("passes")
@@ -147,7 +151,7 @@ def rounds(asks: Mapping[str, Callable[[str, int], Any]], tokens: int) -> dict[s
 def hierspec(args: argparse.Namespace) -> dict[str, Any]:
     whole, low = quantised(args.gib)
     engines = {name: Engine(low, way) for name, way in WAYS.items()}
-    asks = {name: partial(engine.generate, None) for name, engine in engines.items()}
+    asks = {name: partial(engine.generate, None, 0.0) for name, engine in engines.items()}
     result: dict[str, Any] = {"ways": rounds(asks, args.tokens)}
     result["pass_seconds"] = {"w4a16": engines["no speculation"].pass_seconds()}
     for engine in engines.values():
@@ -174,8 +178,12 @@ def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "tree": {"hierarchy": False},
         "hierarchy": {},
     }
-    asks = {name: partial(engine.generate, drafting) for name, drafting in ways.items()}
-    found = rounds(asks, args.tokens)
+    found = {}
+    for temperature in TEMPERATURES:
+        asks = {
+            name: partial(engine.generate, drafting, temperature) for name, drafting in ways.items()
+        }
+        found[str(temperature)] = rounds(asks, args.streamed_tokens)
     engine.close()
     return found
 
@@ -185,6 +193,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=0.5)
     parser.add_argument("--streamed-gib", type=float, default=1.6)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--streamed-tokens", type=int, default=128)
     parser.add_argument("--parts", nargs="+", default=["hierspec", *UNION])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()

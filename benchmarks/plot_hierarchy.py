@@ -42,11 +42,12 @@ def draw(results: dict[str, Any], out: Path) -> None:
     cost.legend(fontsize=8)
     # An engine for each drafter: as multiples of its own plain trees.
     relative_ways = {
-        f"{name}, {drafter}": {
+        f"{name}, {drafter}, T {temperature}": {
             "tokens_per_second": way["tokens_per_second"] / found["tree"]["tokens_per_second"],
             "tau": way["tau"],
         }
-        for drafter, found in results["union"].items()
+        for drafter, temperatures in results["union"].items()
+        for temperature, found in temperatures.items()
         for name, way in found.items()
     }
     bars(union, relative_ways, "Streamed model")

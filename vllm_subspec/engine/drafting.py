@@ -203,7 +203,7 @@ class Models:
             return NgramDrafter(
                 options.prompt_lookup_min,
                 options.prompt_lookup_max,
-                options.depth,
+                _growth(options.depth, pruning),
                 options.branching,
             )
         assert self._inner is not None
