@@ -4,6 +4,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,25 +82,34 @@ def test_slots_hold_whole_blocks_while_the_compute_stream_lags(tier: str, tmp_pa
     ring.close()
 
 
+STREAMED: dict[str, Any] = {"method": "subspec", "resident_weights_gib": 0}
+SMALL = str(MODEL.parent / "pystd-1m")
+WAYS: dict[str, dict[str, Any]] = {
+    "host": {**STREAMED, "weight_source": "host"},
+    "disk": {**STREAMED, "weight_source": "disk"},
+    "union": {**STREAMED, "drafter": {"method": "ngram"}},
+    "hierspec": {
+        "method": "hierspec",
+        "intermediate": SMALL,
+        "drafter": {"method": "eagle", "model": SMALL + "-eagle"},
+    },
+}
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("eager", [True, False])
-@pytest.mark.parametrize("source", ["host", "disk"])
-def test_greedy_answers_are_the_targets_own(source: str, eager: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_answers_are_the_targets_own(way: str, eager: bool, tmp_path: Path) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
     prompts = ["def main(", "import os\n", "class Stack:\n    def push(self, item):\n"]
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     answers = []
-    for speculative in (
-        None,
-        {
-            "method": "subspec",
-            "resident_weights_gib": 0,
-            "weight_source": source,
-            "store_dir": str(tmp_path),
-        },
-    ):
+    ours = dict(WAYS[way])
+    if ours["method"] == "subspec":
+        ours["store_dir"] = str(tmp_path)
+    for speculative in (None, ours):
         llm = LLM(
             str(MODEL),
             dtype="bfloat16",
