@@ -58,11 +58,12 @@ def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
         "resident_weights_gib": 0,
         "bits": bits,
         "store_dir": str(BUILD / "stores"),
+        "drafter": None,
         "branching": 1,
         "depth": args.depth,
         "ring_layers": args.ring_layers,
     }
-    session = Session(model, {k: v for k, v in options.items() if v is not None}, dtype=dtype)
+    session = Session(model, options, dtype=dtype)
     plan = session.call("memory_plan")
     bandwidths: list[float] = []
     rows: list[dict[str, Any]] = []

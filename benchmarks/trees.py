@@ -48,6 +48,7 @@ class Measured:
             "resident_weights_gib": 0,
             "bits": bits,
             "store_dir": str(BUILD / "stores"),
+            "drafter": None,
             "num_speculative_tokens": DEPTH * BRANCHING,
             "depth": max(DEPTHS),
         }

@@ -170,10 +170,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as store:
         engine = Engine({**SUBSPEC, "store_dir": store})
         pairs = list(zip(waves, plain, strict=False))
-        for wave, expected in tqdm(pairs, desc="token trees", unit="wave"):
+        for wave, expected in tqdm(pairs, desc="drafting", unit="wave"):
             if time.monotonic() > ends:
                 break
             way = {
+                "hierarchy": rng.random() < 0.3,
                 "branching": rng.choice([1, 2, 3, 6]),
                 "depth": rng.choice([1, 3, 8, 24]),
                 "pruning": rng.choice(["dynamic", "none"]),

@@ -165,9 +165,10 @@ class DraftingOptions(BaseModel):
         return self.min_draft_length or min(self.SEQUENCE, self.num_speculative_tokens)
 
     @property
-    def trees(self) -> bool:
-        """Whether any pass may verify or grow a tree that is no chain."""
-        raise NotImplementedError
+    def trees(self) -> list[str]:
+        """The options by which a pass may verify or grow a tree that is no chain; empty if none."""
+        wide = self.drafter is not None and self.drafter.branching > 1
+        return ["drafter.branching"] if wide else []
 
     @property
     def lookahead(self) -> int:
@@ -221,14 +222,23 @@ class DraftingOptions(BaseModel):
 class SubspecOptions(DraftingOptions):
     """SubSpec: the target's own substitutes draft while its full weights are streamed.
 
-    ``num_speculative_tokens`` bounds the nodes of a request's tree, ``depth`` its levels and
-    ``branching`` the nodes of a level. They are upper limits: with dynamic pruning the cost model
-    (``core/cost.py``) stops earlier, and drafts narrower, where more does not pay.
+    A cheap ``drafter`` feeds the substitute, which verifies what it drafts in passes and so drafts
+    sequences of up to ``depth`` tokens. Without one the substitute grows trees, of which
+    ``num_speculative_tokens`` bounds the nodes and ``branching`` the nodes of a level. They are
+    upper limits: with dynamic pruning the cost model (``core/cost.py``) stops earlier, and drafts
+    narrower, where more does not pay.
     """
 
     METHOD = "subspec"
     SEQUENCE = 24
 
+    # Measured (benchmarks/hierarchy.py): faster than trees that the substitute grows alone.
+    drafter: DrafterOptions | None = Field(
+        DrafterOptions.model_validate(
+            {"method": "ngram", "depth": 10, "branching": 1, "nodes": 10}
+        ),
+        description='a mapping with a "method", or null (the substitute grows trees itself)',
+    )
     num_speculative_tokens: int = Field(
         128,
         ge=1,
@@ -315,8 +325,8 @@ class SubspecOptions(DraftingOptions):
         return self
 
     @property
-    def trees(self) -> bool:
-        return max(self.branching, self.drafter.branching if self.drafter else 1) > 1
+    def trees(self) -> list[str]:
+        return [*(["branching"] if self.branching > 1 else []), *super().trees]
 
     @property
     def lookahead(self) -> int:
@@ -360,10 +370,6 @@ class HierspecOptions(DraftingOptions):
         if self.intermediate is not None:
             return self.num_speculative_tokens
         return min(self.num_speculative_tokens, self.drafter.nodes)
-
-    @property
-    def trees(self) -> bool:
-        return self.drafter.branching > 1
 
     @property
     def lookahead(self) -> int:

@@ -51,7 +51,10 @@ def refusal(model: Path, speculative: dict[str, Any], **arguments: Any) -> str:
 def test_what_is_served_is_not_refused(shape: Any) -> None:
     config = configure(shape(), {"bits": 2})
     assert config.additional_config["subspec"]["bits"] == 2
-    assert config.num_lookahead_tokens == config.num_speculative_tokens == 128
+    assert config.num_speculative_tokens == 128
+    assert (
+        config.num_lookahead_tokens == 128 + config.additional_config["subspec"]["drafter"]["nodes"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,16 +234,15 @@ def test_attention_that_trees_cannot_do(changed: dict[str, Any], names: str) -> 
         "is_fp8_kv_cache": False,
     }
     sound = SimpleNamespace(impl=SimpleNamespace(**impl))
-    attention.check(torch.device("cpu"), {"layers.0.attn": sound}, "subspec")
+    attention.check(torch.device("cpu"), {"layers.0.attn": sound}, "subspec", ["branching"])
     other = SimpleNamespace(impl=SimpleNamespace(**{**impl, **changed}))
     with pytest.raises(ValueError) as caught:
-        attention.check(
-            torch.device("cpu"), {"layers.0.attn": sound, "layers.1.attn": other}, "subspec"
-        )
+        layers = {"layers.0.attn": sound, "layers.1.attn": other}
+        attention.check(torch.device("cpu"), layers, "subspec", ["branching", "drafter.branching"])
     (message,) = caught.value.args
     assert message == (
         f'method "subspec" drafts token trees, but layers.1.attn has {names}, which tree attention '
-        'cannot do: set "branching" to 1'
+        'cannot do: set "branching" and "drafter.branching" to 1'
     )
 
 
@@ -276,7 +278,7 @@ HEAD_OF_SMALL = {"method": "eagle", "model": SMALL + "-eagle"}
         (hierarchy(NGRAM, intermediate="../nowhere/at/all"), "intermediate", "an existing"),
         (hierarchy(NGRAM, bits=4), "bits", "for hierspec"),
         (hierarchy(NGRAM, min_draft_length=33), "min_draft_length", "32"),
-        ({"min_draft_length": 4}, "min_draft_length", 'set "drafter" too'),
+        ({"drafter": None, "min_draft_length": 4}, "min_draft_length", 'set "drafter" too'),
         (hierarchy(HEAD_OF_SMALL), "drafter.model", "128 channels"),
         ({"drafter": HEAD_OF_SMALL}, "drafter.model", "has 256"),
     ],

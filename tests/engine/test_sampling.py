@@ -33,6 +33,7 @@ from tests.engine.helpers import (
     source_prompts,
     worker_of,
 )
+from tests.engine.hierarchies import WAYS
 from tests.engine.kinds import KINDS, Params, seeded
 from vllm_subspec.core.acceptance import Walks, walk_batch
 from vllm_subspec.core.noise import SeedStream
@@ -277,10 +278,11 @@ def test_power_of_seeds(
 
 
 @pytest.mark.parametrize("name", UNSEEDED)
+@pytest.mark.parametrize("drafts", ["chain", "hierarchy"])
 def test_distribution_with_chains(
-    engines: Engines, plain: dict[str, list[Sequences]], name: str
+    engines: Engines, plain: dict[str, list[Sequences]], drafts: str, name: str
 ) -> None:
-    llm = engines.get(CHAIN, **SETTINGS)
+    llm = engines.get(CHAIN if drafts == "chain" else WAYS["small-eagle"], **SETTINGS)
     restart(llm)
     before = draft_counts(llm)
     samples = sample(llm, name)

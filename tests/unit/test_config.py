@@ -18,6 +18,11 @@ def test_defaults() -> None:
     assert options.resident_weights_gib == "auto"
     assert (options.weight_source, options.store_dir, options.ring_layers) == ("auto", None, None)
     assert options.draft_temperature == 0.2
+    assert options.drafter is not None
+    assert (options.drafter.method, options.drafter.branching) == ("ngram", 1)
+    assert SubspecOptions.parse({"branching": 1}).trees == []
+    wide = {"drafter": {"method": "ngram", "branching": 2}}
+    assert SubspecOptions.parse(wide).trees == ["branching", "drafter.branching"]
     assert (options.substitute, options.substitute_layers) == (None, "auto")
 
 
@@ -221,4 +226,4 @@ def test_a_wrong_hierarchy_is_one_sentence(given: dict[str, Any], sentence: str)
 
 def test_a_sequence_needs_a_drafter() -> None:
     with pytest.raises(ValueError, match='"min_draft_length" is for a hierarchy: set "drafter"'):
-        SubspecOptions.parse({"min_draft_length": 4})
+        SubspecOptions.parse({"drafter": None, "min_draft_length": 4})

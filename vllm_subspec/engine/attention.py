@@ -38,18 +38,22 @@ def uninstall(device: torch.device) -> None:
     selector._cached_get_attn_backend.cache_clear()
 
 
-def check(device: torch.device, layers: Mapping[str, Any], method: str) -> None:
+def check(
+    device: torch.device, layers: Mapping[str, Any], method: str, widths: Sequence[str]
+) -> None:
     """Raises ValueError, in one sentence, if trees cannot run on one of vLLM's attention layers.
 
     Args:
         layers: by their names.
         method: the engine's.
+        widths: the options by which it drafts trees.
     """
+    remedy = " and ".join(f'"{width}"' for width in widths)
     for name, layer in layers.items():
         if feature := _platform(device).refusal(layer.impl):
             raise ValueError(
                 f'method "{method}" drafts token trees, but {name} has {feature}, which tree '
-                'attention cannot do: set "branching" to 1'
+                f"attention cannot do: set {remedy} to 1"
             )
 
 

@@ -64,7 +64,8 @@ class DraftingWorker(Worker):
         if options.trees:
             names = [name for group in runner.attn_groups[0] for name in group.layer_names]
             layers = runner.compilation_config.static_forward_context
-            attention.check(self.device, {name: layers[name] for name in names}, options.METHOD)
+            paged = {name: layers[name] for name in names}
+            attention.check(self.device, paged, options.METHOD, options.trees)
         self.set_drafting()
         return initialized
 
