@@ -58,7 +58,6 @@ def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
         "resident_weights_gib": 0,
         "bits": bits,
         "store_dir": str(BUILD / "stores"),
-        "drafter": None,
         "branching": 1,
         "depth": args.depth,
         "ring_layers": args.ring_layers,

@@ -50,6 +50,7 @@ SUBSPEC = {
     "bits": 2,
     "quantizer": "rtn",
     "resident_weights_gib": 0,
+    "drafter": {"method": "ngram", "depth": 6, "branching": 2},
     "branching": 6,
     "depth": 24,
     "num_speculative_tokens": 40,

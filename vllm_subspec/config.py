@@ -237,7 +237,8 @@ class SubspecOptions(DraftingOptions):
         DrafterOptions.model_validate(
             {"method": "ngram", "depth": 10, "branching": 1, "nodes": 10}
         ),
-        description='a mapping with a "method", or null (the substitute grows trees itself)',
+        description='a mapping with a "method", or null (the substitute grows trees itself: also '
+        'if "branching" is given and this is not)',
     )
     num_speculative_tokens: int = Field(
         128,
@@ -287,6 +288,13 @@ class SubspecOptions(DraftingOptions):
     substitute_layers: Literal["auto", "all"] | LayerIndices = Field(
         "auto", description='"auto", "all" or a non-empty list of distinct layer numbers from 0'
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _branching_is_for_trees(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "branching" in given:
+            return {"drafter": None, **given}
+        return given
 
     @field_validator("substitute_layers")
     @classmethod

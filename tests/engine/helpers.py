@@ -44,7 +44,6 @@ ROUGH: dict[str, Any] = {
     "method": "subspec",
     "bits": 2,
     "quantizer": "rtn",
-    "drafter": None,
     "branching": 3,
     "depth": 6,
     "num_speculative_tokens": 16,

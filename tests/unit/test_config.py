@@ -21,6 +21,7 @@ def test_defaults() -> None:
     assert options.drafter is not None
     assert (options.drafter.method, options.drafter.branching) == ("ngram", 1)
     assert SubspecOptions.parse({"branching": 1}).trees == []
+    assert SubspecOptions.parse({"branching": 6}).drafter is None
     wide = {"drafter": {"method": "ngram", "branching": 2}}
     assert SubspecOptions.parse(wide).trees == ["branching", "drafter.branching"]
     assert (options.substitute, options.substitute_layers) == (None, "auto")
