@@ -51,7 +51,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
         for name, way in found.items()
     }
     bars(union, relative_ways, "Streamed model")
-    union.set(xlabel="speed over plain trees (tokens per round)")
+    union.set(xlabel="by plain trees (tokens per round)")
     with matplotlib.rc_context({"svg.hashsalt": "hierarchy"}):  # the same figures, the same file
         figure.savefig(out, format="svg", metadata={"Date": None})
 

@@ -27,7 +27,7 @@ from tests.engine.helpers import (
     source_prompts,
     worker_of,
 )
-from tests.engine.hierarchies import WAYS
+from tests.engine.hierarchies import SMALL, WAYS
 from vllm_subspec.cli.main import main
 
 PROMPTS = source_prompts(16, shortest=1, longest=200)
@@ -127,8 +127,10 @@ def test_bf16_differs_only_at_near_ties(engines: Engines, tmp_path: Path, target
     params = [greedy(48, logprobs=5) for _ in prompts]
     model, options = MODEL, ROUGH
     if target == "W4A16":
-        model, options = tmp_path / "w4", WAYS["small-eagle"]
-        assert main(["quantize", str(MODEL), str(model), "--bits", "4"]) == 0
+        model, small = tmp_path / "w4", tmp_path / "small-w4"
+        for source, copy in ((MODEL, model), (SMALL, small)):
+            assert main(["quantize", str(source), str(copy), "--bits", "4"]) == 0
+        options = {**WAYS["small-eagle"], "intermediate": str(small)}
     plain = engines.get(None, model, dtype="bfloat16")
     baseline = _scored(plain, prompts, params)
     answers = [tokens for tokens, _ in baseline]
