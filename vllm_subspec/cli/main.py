@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from vllm_subspec import __version__
 
 COMMANDS = {
+    "plan": "tell from a model's configuration what goes where and how fast it will be",
     "quantize": "write a model's low-bit substitutes as a compressed-tensors checkpoint",
     "doctor": "check versions, seams, device, memory and disk of this machine",
 }

@@ -47,6 +47,12 @@ class Forecast:
         return self.serial / self.plain
 
 
+def expected_tokens(acceptance: float, steps: int) -> float:
+    """Tokens a round when each of ``steps`` levels is accepted with probability ``acceptance``,
+    below 1, if those above it are: a geometric series, the target's own token included."""
+    return float((1 - acceptance ** (steps + 1)) / (1 - acceptance))
+
+
 def forecast(
     plan: MemoryPlan, plain: MemoryPlan, head_bytes: int, drafted: Drafted, machine: Machine
 ) -> Forecast:

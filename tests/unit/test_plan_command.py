@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_subspec.cli.main import main
+from vllm_subspec.cli.quantities import parse_bytes, parse_rate
+from vllm_subspec.config import SubspecOptions
+
+CONFIGS = Path(__file__).parent / "configs"
+SMALL = str(CONFIGS / "qwen2.5-7b")
+MACHINE = [
+    *("--device-memory", "8GiB", "--host-memory", "64GiB"),
+    *("--link", "22.5GB/s", "--device-bandwidth", "1008GB/s", "--max-model-len", "2048"),
+]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str, model: str = SMALL) -> Any:
+    assert main(["plan", model, *MACHINE, *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 2
+    told = capsys.readouterr()
+    assert not told.out
+    (line,) = told.err.splitlines()
+    return line.removeprefix("vllm-subspec plan: ")
+
+
+def test_the_published_model(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys)
+    assert found["expected"]["speedup"] == pytest.approx(9.1, rel=0.2)
+    assert found["draft"]["tokens"] == pytest.approx(28.35, rel=0.1)
+    assert found["memory"]["total_bytes"] <= 8 << 30
+    assert found["weight_source"] == "host"
+    words = shlex.split(found["command"])
+    assert words[:3] == ["vllm", "serve", SMALL]
+    options = json.loads(words[words.index("--speculative-config") + 1])
+    assert options.pop("method") == "subspec"
+    assert SubspecOptions.parse(options).weight_source == "host"
+
+
+def test_more_of_everything_is_no_slower(capsys: pytest.CaptureFixture[str]) -> None:
+    base = planned(capsys)["expected"]["serial"]
+    assert planned(capsys, "--link", "50GB/s")["expected"]["serial"] > base
+    assert planned(capsys, "--device-memory", "12GiB")["expected"]["serial"] > base
+    assert planned(capsys, "--acceptance", "0.99")["expected"]["serial"] > base
+    assert planned(capsys, "--tensor-parallel-size", "2")["expected"]["serial"] > base
+    assert planned(capsys, "--host-memory", "8GiB")["weight_source"] == "disk"
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", SMALL, *MACHINE]) == 0
+    told = capsys.readouterr().out
+    for words in (
+        "resident layers",
+        "KV cache",
+        "without speculation",
+        "vllm serve",
+        "of 8.00 GiB",
+    ):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([str(CONFIGS)], "no configuration of a language model"),
+        (["./no/such/model"], "no configuration of a language model"),
+        ([SMALL, "--device-memory", "much"], "'much' is not a size above 0 such as 24GiB"),
+        ([SMALL, "--device-memory", "0"], "not a size"),
+        ([SMALL, "--host-memory", "25GB/s"], "not a size"),
+        ([SMALL, "--link", "fast"], "not a rate"),
+        ([SMALL, "--batch", "0"], "--batch is 0; allowed: 1 or more"),
+        ([SMALL, "--acceptance", "1"], "between 0 and 1"),
+        ([SMALL, *MACHINE, "--max-model-len", "99999"], "the model reads 32768 tokens"),
+        ([SMALL, *MACHINE, "--bits", "8"], " GiB; give it more memory, "),
+        ([SMALL, *MACHINE, "--device-memory", "1GiB"], "no setting of"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert says in refused(capsys, *arguments)
+
+
+def test_the_nearest_setting_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, SMALL, *MACHINE, "--bits", "8").endswith("--bits 4 fits")
+    long = ["--max-model-len", "32768", "--batch", "8", "--bits", "2"]
+    assert refused(capsys, SMALL, *MACHINE, *long).endswith("--max-model-len 4096 fits")
+
+
+def test_quantities() -> None:
+    assert parse_bytes("24GiB") == 24 << 30
+    assert parse_bytes("1.5 gb") == 1_500_000_000
+    assert parse_bytes("4096") == 4096
+    assert parse_rate("25GB/s") == parse_rate("25GB") == 25e9

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""`vllm-subspec plan MODEL`: does it fit, and how fast will it be? From config.json alone."""
+
+import argparse
+import json
+import shlex
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from vllm_subspec.cli.quantities import in_gib, parse_bytes, parse_rate
+from vllm_subspec.core.forecast import Drafted, Forecast, Machine, expected_tokens, forecast
+from vllm_subspec.core.plan import Budget, MemoryPlan, plan_memory
+from vllm_subspec.core.shapes import Linear, ModelShape
+from vllm_subspec.weights.model_shape import read_shape
+
+# Of a level of a tree, so that a depth of 48 yields the published 28.4 tokens a round (MT-Bench,
+# Qwen2.5-7B, 4 bits, greedy).
+_ACCEPTANCE = 0.975
+_WORKSPACE = 1 << 30
+_GROUP = 64  # columns, below 8 bits
+_BAR = 60  # characters
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("model", metavar="MODEL", help="folder with a config.json, or a hub name")
+    parser.add_argument("--device-memory", help="what one rank may use; default: 90%% of what is")
+    parser.add_argument("--host-memory", help="for streamed weights; default: what is available")
+    parser.add_argument("--link", help="rate of streamed weights; default: measured")
+    parser.add_argument("--device-bandwidth", help="of the device's memory; default: measured")
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--max-model-len", type=int, help="default: 4096, or the model's own")
+    parser.add_argument("--batch", type=int, default=1, help="requests of full length in the cache")
+    parser.add_argument("--depth", type=int, default=48, help="most levels of a draft")
+    parser.add_argument(
+        "--acceptance", type=float, default=_ACCEPTANCE, help="of a drafted level (default: 0.975)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 0, or 2 after bad input or where nothing fits (told on stderr)."""
+    try:
+        planned = make_plan(args)
+    except (ValueError, OSError) as error:
+        print(f"vllm-subspec plan: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(planned.to_json_dict(), indent=2) if args.json else planned.describe())
+    return 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the command found out."""
+
+    model: str
+    plan: MemoryPlan
+    drafted: Drafted
+    expected: Forecast
+    machine: Machine
+    source: str
+    command: str
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "memory": asdict(self.plan) | {"total_bytes": self.plan.total},
+            "weight_source": self.source,
+            "machine": asdict(self.machine),
+            "draft": asdict(self.drafted),
+            "expected": asdict(self.expected) | {"speedup": self.expected.speedup},
+            "command": self.command,
+        }
+
+    def describe(self) -> str:
+        expected, drafted = self.expected, self.drafted
+        where = "host memory" if self.source == "host" else "disk"
+        return "\n".join(
+            [
+                self.plan.describe(),
+                _bar(self.plan),
+                "",
+                f"streamed from {where} at {self.machine.link / 1e9:.1f} GB/s: "
+                f"{expected.stream_seconds:.2f} s a pass",
+                f"drafted: {drafted.steps} steps of {1000 * expected.step_seconds:.1f} ms, "
+                f"{drafted.tokens:.1f} tokens a round",
+                f"without speculation  {expected.plain:8.2f} tokens/s",
+                f"with SubSpec         {expected.serial:8.2f} tokens/s ({expected.speedup:.1f}x); "
+                f"{expected.overlapped:.2f} if drafting and streaming overlap fully",
+                "",
+                self.command,
+            ]
+        )
+
+
+def make_plan(args: argparse.Namespace) -> Planned:
+    """Raises ValueError, in one sentence, for bad input and for what cannot fit."""
+    _check(args)
+    given_memory = parse_bytes(args.device_memory) if args.device_memory else None
+    given_host = parse_bytes(args.host_memory) if args.host_memory else None
+    given_link = parse_rate(args.link) if args.link else None
+    given_device = parse_rate(args.device_bandwidth) if args.device_bandwidth else None
+    shape, config = read_shape(args.model)
+    longest = int(getattr(config, "max_position_embeddings", 0) or 4096)
+    context = args.max_model_len or min(4096, longest)
+    if context > longest:
+        raise ValueError(f"--max-model-len is {context}, but the model reads {longest} tokens")
+    ranks = args.tensor_parallel_size
+    memory = given_memory or _device_memory()
+    plan, plain = _plans(shape, args, context, memory)
+    host = given_host or psutil.virtual_memory().available
+    source = "host" if plan.store_bytes * ranks <= host else "disk"
+    machine = Machine(
+        given_link or _measured_link(source), given_device or _measured_device_bandwidth()
+    )
+    head = 2 * shape.head // ranks
+    drafted, expected = _best(plan, plain, head, args, machine)
+    return Planned(
+        args.model, plan, drafted, expected, machine, source, _command(args, context, source)
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("tensor_parallel_size", "max_model_len", "batch", "depth"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+    if not 0 < args.acceptance < 1:
+        raise ValueError(f"--acceptance is {args.acceptance}; allowed: between 0 and 1")
+
+
+def _plans(
+    shape: ModelShape, args: argparse.Namespace, context: int, memory: int
+) -> tuple[MemoryPlan, MemoryPlan]:
+    """With substitutes, and without any."""
+
+    def planned(bits: int, context: int) -> tuple[MemoryPlan, MemoryPlan]:
+        def substitute(linear: Linear) -> int:
+            # The engine's own groups; a 16-bit scale and zero point for each.
+            groups = linear.size // _GROUP if bits < 8 else linear.rows * linear.count
+            return linear.size * bits // 8 + 4 * groups
+
+        sizes = shape.sizes(2, args.tensor_parallel_size, substitute, _WORKSPACE)
+        budget = Budget(memory, context * args.batch)
+        alone = replace(sizes, substitutes=[0] * len(sizes.layers))
+        return plan_memory(sizes, budget), plan_memory(alone, budget)
+
+    try:
+        return planned(args.bits, context)
+    except ValueError as error:
+        # The nearest setting that fits: lower bits first, then shorter texts.
+        halves = (context >> n for n in range(1, context.bit_length()))
+        nearest = [(f"--bits {bits}", bits, context) for bits in (4, 3, 2) if bits < args.bits]
+        nearest += [(f"--max-model-len {half}", args.bits, half) for half in halves if half >= 256]
+        for setting, bits, shorter in nearest:
+            with suppress(ValueError):
+                planned(bits, shorter)
+                remedy = f"; {setting} fits"
+                break
+        else:
+            remedy = "; no setting of --bits or --max-model-len fits"
+        raise ValueError(f"{error}{remedy}") from None
+
+
+def _best(
+    plan: MemoryPlan, plain: MemoryPlan, head: int, args: argparse.Namespace, machine: Machine
+) -> tuple[Drafted, Forecast]:
+    """The depth that the serial bound is best at."""
+    found = []
+    for steps in range(1, args.depth + 1):
+        drafted = Drafted(steps, expected_tokens(args.acceptance, steps))
+        found.append((drafted, forecast(plan, plain, head, drafted, machine)))
+    return max(found, key=lambda pair: pair[1].serial)
+
+
+def _command(args: argparse.Namespace, context: int, source: str) -> str:
+    options: dict[str, Any] = {"method": "subspec", "weight_source": source}
+    if args.bits != 4:
+        options["bits"] = args.bits
+    if args.depth != 48:
+        options["depth"] = args.depth
+    words = ["vllm", "serve", args.model, "--max-model-len", str(context)]
+    if args.tensor_parallel_size > 1:
+        words += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
+    return shlex.join([*words, "--speculative-config", json.dumps(options)])
+
+
+def _device_memory() -> int:
+    if torch.cuda.is_available():
+        return int(0.9 * torch.cuda.get_device_properties(0).total_memory)
+    return int(0.9 * psutil.virtual_memory().total)
+
+
+def _measured_link(source: str) -> float:
+    from vllm_subspec.cli.bandwidth import direct_read_rate, memory_rates
+
+    if source == "host" and torch.cuda.is_available():
+        return memory_rates()["pinned host to device"]
+    return direct_read_rate(Path.cwd())[0]
+
+
+def _measured_device_bandwidth() -> float:
+    from vllm_subspec.cli.bandwidth import memory_rates
+
+    rates = memory_rates()
+    return rates.get("device memory, read + write", rates["host memory, read + write"])
+
+
+def _bar(plan: MemoryPlan) -> str:
+    parts = {
+        "R": plan.resident_bytes,
+        "s": plan.substitute_bytes,
+        "r": plan.ring_bytes,
+        "k": plan.kv_bytes,
+        "o": plan.other_bytes,
+        "w": plan.workspace_bytes,
+    }
+    drawn = "".join(sign * round(_BAR * size / plan.device_bytes) for sign, size in parts.items())
+    legend = "R resident, s substitutes, r ring, k KV cache, o other weights, w workspace"
+    return f"[{drawn[:_BAR]:.<{_BAR}}] of {in_gib(plan.device_bytes)}\n {legend}"
