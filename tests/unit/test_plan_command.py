@@ -10,6 +10,7 @@ import pytest
 from vllm_subspec.cli.main import main
 from vllm_subspec.cli.quantities import parse_bytes, parse_rate
 from vllm_subspec.config import SubspecOptions
+from vllm_subspec.weights.model_shape import read_shape
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = str(CONFIGS / "qwen2.5-7b")
@@ -52,6 +53,17 @@ def test_more_of_everything_is_no_slower(capsys: pytest.CaptureFixture[str]) -> 
     assert planned(capsys, "--acceptance", "0.99")["expected"]["serial"] > base
     assert planned(capsys, "--tensor-parallel-size", "2")["expected"]["serial"] > base
     assert planned(capsys, "--host-memory", "8GiB")["weight_source"] == "disk"
+
+
+def test_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them are streamed, a few of them drafted with."""
+    shape, _ = read_shape(str(CONFIGS / "qwen3-30b-a3b"))
+    elements = sum(part.size for layer in shape.layers for part in layer)
+    assert elements + shape.other == pytest.approx(30.5e9, rel=0.01)
+    assert elements * shape.active_share + shape.other == pytest.approx(3.3e9, rel=0.03)
+    found = planned(capsys, "--device-memory", "24GiB", model=str(CONFIGS / "qwen3-30b-a3b"))
+    assert found["expected"]["step_seconds"] < 0.02
+    assert found["expected"]["stream_seconds"] > 2
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,8 +121,7 @@ def make_plan(args: argparse.Namespace) -> Planned:
     machine = Machine(
         given_link or _measured_link(source), given_device or _measured_device_bandwidth()
     )
-    head = 2 * shape.head // ranks
-    drafted, expected = _best(plan, plain, head, args, machine)
+    drafted, expected = _best(plan, plain, shape, args, machine)
     return Planned(
         args.model, plan, drafted, expected, machine, source, _command(args, context, source)
     )
@@ -171,13 +170,18 @@ def _plans(
 
 
 def _best(
-    plan: MemoryPlan, plain: MemoryPlan, head: int, args: argparse.Namespace, machine: Machine
+    plan: MemoryPlan,
+    plain: MemoryPlan,
+    shape: ModelShape,
+    args: argparse.Namespace,
+    machine: Machine,
 ) -> tuple[Drafted, Forecast]:
     """The depth that the serial bound is best at."""
+    head, active = 2 * shape.head // args.tensor_parallel_size, shape.active_share
     found = []
     for steps in range(1, args.depth + 1):
         drafted = Drafted(steps, expected_tokens(args.acceptance, steps))
-        found.append((drafted, forecast(plan, plain, head, drafted, machine)))
+        found.append((drafted, forecast(plan, plain, head, drafted, machine, active)))
     return max(found, key=lambda pair: pair[1].serial)
 
 

@@ -54,22 +54,32 @@ def expected_tokens(acceptance: float, steps: int) -> float:
 
 
 def forecast(
-    plan: MemoryPlan, plain: MemoryPlan, head_bytes: int, drafted: Drafted, machine: Machine
+    plan: MemoryPlan,
+    plain: MemoryPlan,
+    head_bytes: int,
+    drafted: Drafted,
+    machine: Machine,
+    active_share: float = 1.0,
 ) -> Forecast:
-    """Args:
-    plan: with substitutes.
-    plain: of the same model and memory without any: what streaming alone would keep resident.
-    head_bytes: of the output layer.
-    drafted: measured or published.
+    """What `plan` is worth.
+
+    All weights are streamed in every pass, those of experts that no token uses as well.
+
+    Args:
+        plan: with substitutes.
+        plain: of the same model and memory without any: what streaming alone would keep resident.
+        head_bytes: of the output layer.
+        drafted: measured or published.
+        active_share: of the decoder layers, what a token reads.
     """
     layers = len(plan.resident) + len(plan.streamed)
     stream = plan.store_bytes / machine.link
     # Resident layers without a substitute of their own are read in full.
     shared = plan.resident_bytes * _share_without_substitute(plan)
-    read = plan.substitute_bytes + shared + head_bytes
+    read = (plan.substitute_bytes + shared) * active_share + head_bytes
     step = read / machine.device + layers * machine.layer_seconds
     draft = drafted.steps * step
-    read_plain = plain.resident_bytes + plain.store_bytes + head_bytes
+    read_plain = (plain.resident_bytes + plain.store_bytes) * active_share + head_bytes
     alone = plain.store_bytes / machine.link + read_plain / machine.device
     return Forecast(
         stream_seconds=stream,

@@ -32,6 +32,8 @@ class ModelShape:
     """Embeddings, norms, biases, routers and the output layer."""
     head: int
     """Of these the output layer's, which every draft step reads."""
+    experts_used: int
+    """For a token, of a layer's experts; 0 in a dense model."""
     kv_heads: int
     head_size: int
 
@@ -58,6 +60,15 @@ class ModelShape:
             kv_per_token=self.kv_per_token(itemsize, ranks),
             workspace=workspace,
         )
+
+    @property
+    def active_share(self) -> float:
+        """Of the decoder layers, what a single token reads."""
+        parts = [part for layer in self.layers for part in layer]
+        used = sum(
+            part.size * min(self.experts_used or 1, part.count) // part.count for part in parts
+        )
+        return used / sum(part.size for part in parts)
 
     def kv_per_token(self, itemsize: int, ranks: int = 1) -> int:
         """Bytes of one token's K and V in all layers, of one rank."""

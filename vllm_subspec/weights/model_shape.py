@@ -47,6 +47,7 @@ def shape_of(module: torch.nn.Module, config: Any) -> ModelShape:
         layers=[layers[index] for index in sorted(layers)],
         other=other,
         head=head,
+        experts_used=getattr(config, "num_experts_per_tok", None) or 0,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
