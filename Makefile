@@ -23,7 +23,8 @@ test: setup  ## run the tests (ARGS="-k store" to choose)
 	        || { [ $$? -eq 5 ] && [ -n '$(ARGS)' ]; } || exit 1; \
 	done
 
-lint: setup  ## style, formatting and types
+lint: setup  ## style, formatting, types, and the README's figures
+	@.venv/bin/python scripts/figures.py --check
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
