@@ -30,16 +30,18 @@ from tests.engine.kinds import seeded
 TIGHT: dict[str, Any] = {
     "max_model_len": 176,
     "max_num_batched_tokens": 192,
-    "max_num_seqs": 16,
+    "max_num_seqs": 8,
     "kv_cache_memory_bytes": 24 << 20,
 }
 
-# Greedy ones up to max_model_len, prompts in chunks.
+# Greedy ones up to max_model_len, prompts in chunks; some prompts come again, to be found in the
+# prefix cache, beside requests that are aborted.
 SAMPLED = ["temperature 1", "all together", "temperature 0.3", "min_p", "repetition_penalty"]
 PARAMS = [greedy(40), *[seeded(name, 1, max_tokens=24)[0] for name in SAMPLED]]
 PARAMS = [*PARAMS, greedy(300), *seeded("mixed", 3, max_tokens=24)[1:], greedy(300)]
 PROMPTS = source_prompts(len(PARAMS), 2, 140)
-ABORTED = {2: 3, 5: 4, 9: 8}
+PROMPTS, PARAMS = [*PROMPTS, *PROMPTS[4:]], [*PARAMS, *PARAMS[4:]]
+ABORTED = {2: 3, 5: 4, 9: 13}
 """Requests, by the step after which they are aborted."""
 
 GROWING = (source_prompts(10, 30, 90), [greedy(80 - 5 * (i % 4)) for i in range(10)])
@@ -57,15 +59,7 @@ def expected_growing(engines: Engines, expected: list[Answer]) -> list[Answer]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_answers_are_the_targets(engines: Engines, expected: list[Answer], way: str) -> None:
-    """Greedy and sampled, in chunks, up to max_model_len; then from the prefix cache and beside
-    requests that are aborted."""
     llm = engines.get(WAYS[way], **TIGHT)
-    assert generate(llm, PROMPTS, PARAMS) == expected
-    counts = draft_counts(llm)
-    assert counts.accepted > 40 and counts.rejected > 40, counts
-    assert (counts.trees > 4) == way.startswith("target"), counts
-
-    hits = metric(llm, "prefix_cache_hits")
     free = scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
     batch = Batch(llm, PROMPTS, PARAMS)
     for step in batch.steps():
@@ -73,7 +67,10 @@ def test_answers_are_the_targets(engines: Engines, expected: list[Answer], way: 
             batch.abort(ABORTED[step])
     for i in set(range(len(PROMPTS))) - set(ABORTED.values()):
         assert batch.answers[i] == expected[i], f"request {i}"
-    assert metric(llm, "prefix_cache_hits") > hits
+    counts = draft_counts(llm)
+    assert counts.accepted > 40 and counts.rejected > 40, counts
+    assert (counts.trees > 4) == way.startswith("target"), counts
+    assert metric(llm, "prefix_cache_hits") > 0
     assert scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 

@@ -160,6 +160,9 @@ class Models:
             for coverage in self._coverages:
                 coverage.settle(name, before, before + right)
             if isinstance(self._inner, HeadModel):
+                if self._taps_target:
+                    # A head looked at the substitute's features so far; now the target's are here.
+                    self._inner.forget(name, before)
                 self._inner.settle(name, before + right)
             if features is not None and self._tap is not None:
                 text = np.arange(verification.roots[row] + 1 - before)
