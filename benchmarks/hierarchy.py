@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Method hierspec on a 4-bit target beside vLLM's own methods, and the union with subspec.
 
-    python -m benchmarks.hierarchy [--gib 0.5] [--tokens 256] [--streamed-gib 1.6]
+    python -m benchmarks.hierarchy [--gib 0.5] [--tokens 128] [--streamed-gib 1.6]
         [--streamed-tokens 128] [--parts ...]
 
 One engine for each way, each in a process of its own; the prompts go round the engines, of which
@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.chain import harmonic
+from vllm_subspec.config import SubspecOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "hierarchy.json"
@@ -53,7 +54,11 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "hierspec ngram": {**INTERMEDIATE, "drafter": NGRAM},
 }
 TEMPERATURES = (0.0, 0.6)
-UNION: dict[str, dict[str, Any]] = {"ngram": NGRAM, "draft_model": MODEL}
+# Drafters under the substitute; the first is the default one.
+UNION: dict[str, dict[str, Any]] = {
+    "default": SubspecOptions.parse({}).to_json_dict()["drafter"],
+    "draft_model": MODEL,
+}
 
 
 def quantised(gib: float) -> tuple[Path, Path]:
@@ -192,14 +197,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=0.5)
     parser.add_argument("--streamed-gib", type=float, default=1.6)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--streamed-tokens", type=int, default=128)
     parser.add_argument("--parts", nargs="+", default=["hierspec", *UNION])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    result = json.loads(args.out.read_text()) if args.out.exists() else {"union": {}}
-    result["environment"] = report.environment()
+    result: dict[str, Any] = {"environments": {}, "union": {}}
+    if args.out.exists():
+        result = json.loads(args.out.read_text())
     for part in args.parts:
+        result["environments"][part] = report.environment()
         if part == "hierspec":
             result["hierspec"] = hierspec(args)
         else:

@@ -8,6 +8,7 @@ module refuses what is wrong in the options themselves, before any weight is loa
 
 import difflib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -117,7 +118,7 @@ class DrafterOptions(BaseModel):
         return self
 
 
-class DraftingOptions(BaseModel):
+class DraftingOptions(BaseModel, ABC):
     """What both methods have in common. ``description`` of a field is what its error message says
     is allowed."""
 
@@ -162,6 +163,7 @@ class DraftingOptions(BaseModel):
 
     @property
     def sequence_length(self) -> int:
+        """Tokens that a hierarchy drafts while costs are unknown; if nothing is pruned, always."""
         return self.min_draft_length or min(self.SEQUENCE, self.num_speculative_tokens)
 
     @property
@@ -171,9 +173,9 @@ class DraftingOptions(BaseModel):
         return ["drafter.branching"] if wide else []
 
     @property
+    @abstractmethod
     def lookahead(self) -> int:
         """Slots behind the committed tokens that drafting may write."""
-        raise NotImplementedError
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> Self:

@@ -53,9 +53,9 @@ ROUGH: dict[str, Any] = {
 CHAIN: dict[str, Any] = {**ROUGH, "branching": 1, "depth": 8, "num_speculative_tokens": 8}
 
 
-def resident_gib(layers: int, model: Path = MODEL) -> float:
+def resident_gib(layers: int) -> float:
     """A ``resident_weights_gib`` that keeps exactly this many of the model's float32 layers."""
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((MODEL / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     attention = (2 * heads + 2 * config["num_key_value_heads"]) * config["head_dim"] * hidden
     layer = 4 * (attention + 3 * hidden * config["intermediate_size"])

@@ -15,10 +15,10 @@ from vllm import LLM, SamplingParams
 
 from tests.engine.helpers import (
     MODEL,
-    MODELS,
     ROUGH,
     DraftCounts,
     Engines,
+    assert_chains_were_tried,
     assert_trees_were_tried,
     count_drafts,
     draft_counts,
@@ -40,14 +40,13 @@ TWO_RANKS = [*[greedy(24)] * 4, *SAMPLED]
 
 def test_compiled_target(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamed and resident layers in one compiled graph: it must wait for the ring, and the draft
-    must not run it. The second start takes the graph from the cache. Two layers compile quickly."""
+    must not run it. The second start takes the graph from the cache. The ring has fewer slots than
+    there are streamed layers, so that a slot read too early or too late is another layer's."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    model = MODELS / "pystd-1m"
-    plain = engines.get(None, model, enforce_eager=False)
-    reference = generate(plain, PROMPTS, PARAMS)
-    options = {**ROUGH, "resident_weights_gib": resident_gib(1, model)}
+    reference = engines.reference(PROMPTS, PARAMS, enforce_eager=False)
+    options = {**ROUGH, "resident_weights_gib": resident_gib(3), "ring_layers": 2}
     for start in ("cold", "warm"):
-        llm = engines.get(options, model, enforce_eager=False)
+        llm = engines.get(options, enforce_eager=False)
         answers = generate(llm, PROMPTS, PARAMS)
         engines_passes = worker_of(llm).streaming_stats()["passes"]
         counts = draft_counts(llm)
@@ -149,11 +148,16 @@ def test_bf16_differs_only_at_near_ties(engines: Engines, tmp_path: Path, target
         for i, (tokens, steps) in enumerate(baseline)
         for j, (token, step) in enumerate(zip(tokens, steps, strict=True))
     )
-    assert noise < 0.5
+    # The W4A16 kernel on the CPU computes a row alike in every batch; then none may differ.
+    assert noise < 0.5 and (noise > 0 or target == "W4A16")
 
     drafted = generate(llm, prompts, [greedy(48)] * len(prompts))
 
-    assert draft_counts(llm).accepted > 100
+    counts = draft_counts(llm)
+    if target == "streamed":
+        assert_trees_were_tried(counts, 100)
+    else:
+        assert_chains_were_tried(counts, 100)
     same = 0
     for i, answer in enumerate(drafted):
         if answer.tokens == answers[i]:

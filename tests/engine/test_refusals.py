@@ -15,7 +15,8 @@ from vllm import EngineArgs
 from vllm.config import KVTransferConfig
 from vllm.platforms import current_platform
 
-from tests.engine.helpers import CHAIN, MODEL, MODELS, ROUGH, Engines, encode, generate, greedy
+from tests.engine.helpers import CHAIN, MODEL, ROUGH, Engines, encode, generate, greedy
+from tests.engine.hierarchies import SMALL
 from vllm_subspec.engine import attention
 
 
@@ -260,7 +261,6 @@ def hierarchy(drafter: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 
 NGRAM = {"method": "ngram"}
-SMALL = str(MODELS / "pystd-1m")
 HEAD_OF_SMALL = {"method": "eagle", "model": SMALL + "-eagle"}
 
 

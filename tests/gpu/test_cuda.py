@@ -85,9 +85,9 @@ def test_slots_hold_whole_blocks_while_the_compute_stream_lags(tier: str, tmp_pa
 STREAMED: dict[str, Any] = {"method": "subspec", "resident_weights_gib": 0}
 SMALL = str(MODEL.parent / "pystd-1m")
 WAYS: dict[str, dict[str, Any]] = {
-    "host": {**STREAMED, "weight_source": "host"},
-    "disk": {**STREAMED, "weight_source": "disk"},
-    "union": {**STREAMED, "drafter": {"method": "ngram"}},
+    "host": {**STREAMED, "weight_source": "host", "drafter": None},
+    "disk": {**STREAMED, "weight_source": "disk", "drafter": None},
+    "default": STREAMED,
     "hierspec": {
         "method": "hierspec",
         "intermediate": SMALL,

@@ -10,6 +10,7 @@ import pytest
 from vllm_subspec.cli.main import main
 from vllm_subspec.cli.quantities import parse_bytes, parse_rate
 from vllm_subspec.config import SubspecOptions
+from vllm_subspec.core.plan import Budget, plan_memory
 from vllm_subspec.weights.model_shape import read_shape
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -43,7 +44,19 @@ def test_the_published_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert words[:3] == ["vllm", "serve", SMALL]
     options = json.loads(words[words.index("--speculative-config") + 1])
     assert options.pop("method") == "subspec"
-    assert SubspecOptions.parse(options).weight_source == "host"
+    parsed = SubspecOptions.parse(options)
+    assert parsed.weight_source == "host"
+    # The engine's own planner makes the same of these options.
+    shape, _ = read_shape(SMALL)
+    sizes = shape.sizes(2, 1, lambda linear: linear.size // 2, workspace=0)
+    again = plan_memory(
+        sizes,
+        Budget(1 << 40, 2048),
+        resident_weights_gib=parsed.resident_weights_gib,
+        ring_layers=parsed.ring_layers,
+    )
+    assert list(again.resident) == found["memory"]["resident"]
+    assert again.ring_layers == found["memory"]["ring_layers"]
 
 
 def test_more_of_everything_is_no_slower(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +77,28 @@ def test_experts(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "--device-memory", "24GiB", model=str(CONFIGS / "qwen3-30b-a3b"))
     assert found["expected"]["step_seconds"] < 0.02
     assert found["expected"]["stream_seconds"] > 2
+    assert "not served yet" in found["notes"][0]
+
+
+def test_models_that_are_not_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def told(config: dict[str, Any]) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return refused(capsys, str(tmp_path), *MACHINE, "--max-model-len", "1024")
+
+    other = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 100}
+    assert "no weights named layers" in told(other)
+    quantized = json.loads((CONFIGS / "qwen2.5-7b" / "config.json").read_text())
+    quantized["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    assert "already quantized" in told(quantized)
+
+
+def test_a_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "--device-memory", "80GiB")
+    assert "nothing has to be streamed" in found["notes"][0]
+    expected = found["expected"]
+    assert expected["stream_seconds"] == 0
+    assert expected["plain"] == pytest.approx(1008e9 / 14.1e9, rel=0.05)  # all weights, once each
+    assert "ring_layers" not in found["command"]
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +126,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ([SMALL, "--batch", "0"], "--batch is 0; allowed: 1 or more"),
         ([SMALL, "--acceptance", "1"], "between 0 and 1"),
         ([SMALL, *MACHINE, "--max-model-len", "99999"], "the model reads 32768 tokens"),
+        ([SMALL, "--device-memory", "8GiB", "--host-memory", "64GiB"], "give it"),
         ([SMALL, *MACHINE, "--bits", "8"], " GiB; give it more memory, "),
         ([SMALL, *MACHINE, "--device-memory", "1GiB"], "no setting of"),
     ],

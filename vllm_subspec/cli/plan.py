@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,15 +16,23 @@ import psutil
 import torch
 
 from vllm_subspec.cli.quantities import in_gib, parse_bytes, parse_rate
+from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.forecast import Drafted, Forecast, Machine, expected_tokens, forecast
-from vllm_subspec.core.plan import Budget, MemoryPlan, plan_memory
+from vllm_subspec.core.plan import (
+    GIB,
+    WORKSPACE,
+    Budget,
+    MemoryPlan,
+    choose_tier,
+    plan_memory,
+)
 from vllm_subspec.core.shapes import Linear, ModelShape
 from vllm_subspec.weights.model_shape import read_shape
 
 # Of a level of a tree, so that a depth of 48 yields the published 28.4 tokens a round (MT-Bench,
 # Qwen2.5-7B, 4 bits, greedy).
 _ACCEPTANCE = 0.975
-_WORKSPACE = 1 << 30
+_ITEMSIZE = 2  # bytes: vLLM serves float32 checkpoints in 16 bits, too
 _GROUP = 64  # columns, below 8 bits
 _BAR = 60  # characters
 
@@ -68,6 +77,7 @@ class Planned:
     machine: Machine
     source: str
     command: str
+    notes: list[str]
 
     def to_json_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +88,7 @@ class Planned:
             "draft": asdict(self.drafted),
             "expected": asdict(self.expected) | {"speedup": self.expected.speedup},
             "command": self.command,
+            "notes": self.notes,
         }
 
     def describe(self) -> str:
@@ -95,6 +106,7 @@ class Planned:
                 f"without speculation  {expected.plain:8.2f} tokens/s",
                 f"with SubSpec         {expected.serial:8.2f} tokens/s ({expected.speedup:.1f}x); "
                 f"{expected.overlapped:.2f} if drafting and streaming overlap fully",
+                *(f"note: {note}" for note in self.notes),
                 "",
                 self.command,
             ]
@@ -113,18 +125,29 @@ def make_plan(args: argparse.Namespace) -> Planned:
     context = args.max_model_len or min(4096, longest)
     if context > longest:
         raise ValueError(f"--max-model-len is {context}, but the model reads {longest} tokens")
-    ranks = args.tensor_parallel_size
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{args.model} is already quantized: plan the full-precision model")
     memory = given_memory or _device_memory()
     plan, plain = _plans(shape, args, context, memory)
-    host = given_host or psutil.virtual_memory().available
-    source = "host" if plan.store_bytes * ranks <= host else "disk"
-    machine = Machine(
-        given_link or _measured_link(source), given_device or _measured_device_bandwidth()
+    # Without a GPU here and without a size the device is this machine's own memory.
+    device_is_host = given_memory is None and not torch.cuda.is_available()
+    source = choose_tier(
+        plan.store_bytes * args.tensor_parallel_size,
+        given_host or psutil.virtual_memory().available,
+        device_is_host,
     )
+    machine = _machine(given_link, given_device, source, device_is_host)
     drafted, expected = _best(plan, plain, shape, args, machine)
-    return Planned(
-        args.model, plan, drafted, expected, machine, source, _command(args, context, source)
-    )
+    command = _command(args, context, source, plan)
+    notes = [*_notes(shape, plan)]
+    return Planned(args.model, plan, drafted, expected, machine, source, command, notes)
+
+
+def _notes(shape: ModelShape, plan: MemoryPlan) -> Iterator[str]:
+    if shape.experts_used:
+        yield "mixture-of-experts models are not served yet: the engine will refuse this one"
+    if not plan.streamed:
+        yield "nothing has to be streamed: the model fits without"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -147,7 +170,7 @@ def _plans(
             groups = linear.size // _GROUP if bits < 8 else linear.rows * linear.count
             return linear.size * bits // 8 + 4 * groups
 
-        sizes = shape.sizes(2, args.tensor_parallel_size, substitute, _WORKSPACE)
+        sizes = shape.sizes(_ITEMSIZE, args.tensor_parallel_size, substitute, WORKSPACE)
         budget = Budget(memory, context * args.batch)
         alone = replace(sizes, substitutes=[0] * len(sizes.layers))
         return plan_memory(sizes, budget), plan_memory(alone, budget)
@@ -177,7 +200,7 @@ def _best(
     machine: Machine,
 ) -> tuple[Drafted, Forecast]:
     """The depth that the serial bound is best at."""
-    head, active = 2 * shape.head // args.tensor_parallel_size, shape.active_share
+    head, active = _ITEMSIZE * shape.head // args.tensor_parallel_size, shape.active_share
     found = []
     for steps in range(1, args.depth + 1):
         drafted = Drafted(steps, expected_tokens(args.acceptance, steps))
@@ -185,12 +208,18 @@ def _best(
     return max(found, key=lambda pair: pair[1].serial)
 
 
-def _command(args: argparse.Namespace, context: int, source: str) -> str:
+def _command(args: argparse.Namespace, context: int, source: str, plan: MemoryPlan) -> str:
+    """What serves this plan, whatever else is on the device."""
     options: dict[str, Any] = {"method": "subspec", "weight_source": source}
-    if args.bits != 4:
+    if args.bits != SubspecOptions.model_fields["bits"].default:
         options["bits"] = args.bits
-    if args.depth != 48:
+    if args.depth != SubspecOptions.model_fields["depth"].default:
         options["depth"] = args.depth
+    if plan.streamed:
+        layers = len(plan.resident) + 0.5 if plan.resident else 0  # half a layer for rounding
+        layer = plan.store_bytes / len(plan.streamed)
+        options["resident_weights_gib"] = round(layers * layer / GIB, 3)
+        options["ring_layers"] = max(plan.ring_layers, 2)
     words = ["vllm", "serve", args.model, "--max-model-len", str(context)]
     if args.tensor_parallel_size > 1:
         words += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
@@ -203,19 +232,27 @@ def _device_memory() -> int:
     return int(0.9 * psutil.virtual_memory().total)
 
 
-def _measured_link(source: str) -> float:
+def _machine(
+    link: float | None, device: float | None, source: str, device_is_host: bool
+) -> Machine:
+    """The given rates, bytes/s; those that are None are measured.
+
+    Raises:
+        ValueError: the device is not here.
+    """
     from vllm_subspec.cli.bandwidth import direct_read_rate, memory_rates
 
-    if source == "host" and torch.cuda.is_available():
-        return memory_rates()["pinned host to device"]
-    return direct_read_rate(Path.cwd())[0]
-
-
-def _measured_device_bandwidth() -> float:
-    from vllm_subspec.cli.bandwidth import memory_rates
-
-    rates = memory_rates()
-    return rates.get("device memory, read + write", rates["host memory, read + write"])
+    copied = link is None and source == "host"
+    if (copied or device is None) and not (device_is_host or torch.cuda.is_available()):
+        missing = "--link" if copied else "--device-bandwidth"
+        raise ValueError(f"no GPU is here to measure {missing}: give it")
+    rates = memory_rates() if copied or device is None else {}
+    if link is None:
+        link = rates["pinned host to device"] if copied else direct_read_rate(Path.cwd())[0]
+    if device is None:
+        where = "host memory" if device_is_host else "device memory"
+        device = rates[f"{where}, read + write"]
+    return Machine(link, device)
 
 
 def _bar(plan: MemoryPlan) -> str:

@@ -35,6 +35,7 @@ class Forecast:
     """Seconds and tokens per second of one request."""
 
     stream_seconds: float  # of the streamed weights, once
+    pass_seconds: float  # of the target: streaming, or reading all its weights if that takes longer
     step_seconds: float  # of a draft step
     draft_seconds: float  # of a round
     plain: float  # tokens/s without speculation, the device full of resident layers
@@ -81,13 +82,15 @@ def forecast(
     draft = drafted.steps * step
     read_plain = (plain.resident_bytes + plain.store_bytes) * active_share + head_bytes
     alone = plain.store_bytes / machine.link + read_plain / machine.device
+    verify = max(stream, read_plain / machine.device)
     return Forecast(
         stream_seconds=stream,
+        pass_seconds=verify,
         step_seconds=step,
         draft_seconds=draft,
         plain=1 / alone,
-        serial=serial_bound(drafted.tokens, stream, draft),
-        overlapped=overlapped_bound(drafted.tokens, stream, draft),
+        serial=serial_bound(drafted.tokens, verify, draft),
+        overlapped=overlapped_bound(drafted.tokens, verify, draft),
     )
 
 

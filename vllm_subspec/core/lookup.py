@@ -7,6 +7,8 @@ Here the continuations of several are merged into a tree: those after the longes
 equally long ones the most recent first.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,8 +23,9 @@ def lookup(
     depth: int,
     branching: int,
     limit: int,
+    estimate: Callable[[npt.ArrayLike], npt.NDArray[np.float64]],
 ) -> DraftTokens:
-    """The tree of what may follow ``text``.
+    """The tree of what may follow ``text``, scored by how likely its nodes are to be reached.
 
     The confidence of a node is n / (n + 1) where n newest tokens of the text and the path to the
     node occurred before in this order.
@@ -34,6 +37,8 @@ def lookup(
         depth: levels of the tree at most.
         branching: continuations that are merged at most.
         limit: nodes at most.
+        estimate: of confidences [m] the probabilities that these tokens come next, if those before
+            them do and their older siblings do not (`core.cost.AcceptanceModel.estimate`).
     """
     ends, lengths = _matches(text, shortest, longest)
     order = np.lexsort((-ends, -lengths))
@@ -58,13 +63,17 @@ def lookup(
                 matched.append(int(lengths[match]) + level)
                 grown = True
         merged += grown
-    confidence = np.array(matched) / (np.array(matched) + 1.0) if matched else np.zeros(0)
-    # The scores of a path must not rise: a branch that leaves an older one scores below it.
-    scores = np.ones(len(tokens) + 1, np.float64)
+    confidence = np.array(matched) / (np.array(matched) + 1.0)
+    given = estimate(confidence)
+    reached = np.ones(len(tokens) + 1)  # the last entry is the root's, parent -1
+    left = np.ones(len(tokens) + 1)  # below each node, what its children so far leave over
     for node, parent in enumerate(parents):
-        scores[node] = scores[parent if parent >= 0 else -1] * confidence[node]
+        reached[node] = reached[parent] * left[parent] * given[node]
+        left[parent] *= 1 - given[node]
     tree = TokenTree(
-        np.array(tokens, np.int32), np.array(parents, np.int32), scores[:-1].astype(np.float32)
+        np.array(tokens, np.int32),
+        np.array(parents, np.int32),
+        reached[:-1].astype(np.float32),
     )
     return DraftTokens(tree, confidence)
 

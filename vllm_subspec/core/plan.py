@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 GIB = 1 << 30
+WORKSPACE = GIB
+"""Activations, the interpreter and its libraries."""
 # Two slots let one layer compute while the next one loads. Further ones only smooth uneven reads,
 # and a resident layer saves more than a slot of its size, so they are taken from what is left.
 _RING_LEAST, _RING_MOST = 2, 4
@@ -176,6 +178,18 @@ def _shortage(least: MemoryPlan, resident_weights_gib: Literal["auto"] | float) 
         f"{least.device_bytes / GIB:.2f} GiB: short by "
         f"{(least.total - least.device_bytes) / GIB:.2f} GiB; give it more memory, {remedy}"
     )
+
+
+def choose_tier(store_bytes: int, host_bytes: int, device_is_host: bool) -> Literal["host", "disk"]:
+    """Where streamed weights rest.
+
+    Args:
+        store_bytes: of all that is to rest there.
+        host_bytes: of host memory that is available. A tenth is left for everything else.
+        device_is_host: whether the model runs in host memory itself; then there is nothing to
+            stream from it.
+    """
+    return "host" if not device_is_host and store_bytes <= 0.9 * host_bytes else "disk"
 
 
 def overlapped_bound(tau: float, stream_seconds: float, draft_seconds: float) -> float:

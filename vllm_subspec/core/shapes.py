@@ -29,7 +29,7 @@ class ModelShape:
     layers: Sequence[Sequence[Linear]]
     """The linears of each decoder layer."""
     other: int
-    """Embeddings, norms, biases, routers and the output layer."""
+    """Embeddings, norms, biases and the output layer."""
     head: int
     """Of these the output layer's, which every draft step reads."""
     experts_used: int

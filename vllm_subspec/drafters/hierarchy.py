@@ -30,6 +30,7 @@ from vllm_subspec.core.opinions import Judge, Opinions
 from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.drafters.base import ComputedRow, Drafter, Drafting, DraftRow, Intermediate
 from vllm_subspec.drafters.foresight import Foresight
+from vllm_subspec.drafters.growing import GrowingDrafter
 
 
 @dataclass
@@ -64,7 +65,7 @@ class SequenceDraft(DraftTokens):
         )
 
 
-class Hierarchy:
+class Hierarchy(GrowingDrafter):
     """Drafts sequences: the inner drafter's trees, as the intermediate model accepts them.
 
     Args:
@@ -78,6 +79,8 @@ class Hierarchy:
         agree: gives the same seconds on all ranks, so that they decide alike.
     """
 
+    growth: SequenceController
+
     def __init__(
         self,
         intermediate: Intermediate,
@@ -88,19 +91,14 @@ class Hierarchy:
         device: torch.device,
         agree: Callable[[Sequence[float]], list[float]] = list,
     ) -> None:
-        self.growth = growth
+        super().__init__(growth)
         self.judge = Judge()
-        self.last = Drafting()
         self._intermediate = intermediate
         self._inner = inner
         self._nodes = nodes
         self._sharpness = 1.0 / draft_temperature
         self._device = device
         self._agree = agree
-
-    @property
-    def max_depth(self) -> int:
-        return self.growth.max_steps
 
     def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
         self.growth.begin_round(len(rows))
@@ -135,9 +133,6 @@ class Hierarchy:
             truth = np.append(draft.tree.tokens[:count], last)[:tested]
             self.growth.acceptance.observe(draft.confidence[:tested], np.arange(tested) < count)
             self.judge.observe(draft.said.select(np.arange(tested)), truth)
-
-    def observe_round(self, done: Round) -> None:
-        self.growth.observe_round(done)
 
     def _extend(
         self,

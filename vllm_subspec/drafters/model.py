@@ -8,20 +8,19 @@ speculative decoding with a small model. They differ in their forwards only (`en
 """
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from vllm_subspec.core.acceptance import Walks, verdicts
-from vllm_subspec.core.cost import DepthController, Round
+from vllm_subspec.core.cost import DepthController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.growth import Beam, Nodes, grow
 from vllm_subspec.drafters.base import ComputedRow, Drafting, DraftModel, DraftRow
 from vllm_subspec.drafters.foresight import Foresight
+from vllm_subspec.drafters.growing import GrowingDrafter
 
 
-class ModelDrafter:
+class ModelDrafter(GrowingDrafter):
     """Grows token trees with a draft model, as deep and as wide as pays.
 
     Args:
@@ -40,16 +39,11 @@ class ModelDrafter:
         draft_temperature: float,
         device: torch.device,
     ) -> None:
-        self.growth = growth
-        self.last = Drafting()
+        super().__init__(growth)
         self._model = model
         self._branching = branching
         self._draft_temperature = draft_temperature
         self._device = device
-
-    @property
-    def max_depth(self) -> int:
-        return self.growth.max_steps
 
     def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
         forward, ready = self._model.begin(rows)
@@ -82,11 +76,3 @@ class ModelDrafter:
 
     def follow(self, rows: list[ComputedRow]) -> None:
         self._model.follow(rows)
-
-    def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
-        for draft, path in zip(drafts, walks.paths, strict=True):
-            nodes, accepted, first = verdicts(draft.tree, path)
-            self.growth.acceptance.observe(draft.confidence[nodes], accepted, first)
-
-    def observe_round(self, done: Round) -> None:
-        self.growth.observe_round(done)

@@ -3,19 +3,17 @@
 """Drafts without any model: what followed earlier in the same text (`core.lookup`)."""
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_subspec.core.acceptance import Walks, verdicts
-from vllm_subspec.core.cost import DepthController, Round
+from vllm_subspec.core.cost import DepthController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.lookup import lookup
-from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.drafters.base import ComputedRow, Drafting, DraftRow
+from vllm_subspec.drafters.growing import GrowingDrafter
 
 
-class NgramDrafter:
+class NgramDrafter(GrowingDrafter):
     """Merges the continuations of earlier occurrences into a tree.
 
     A lookup is free; the nodes are not, for whoever verifies them. So only those are drafted that
@@ -31,15 +29,10 @@ class NgramDrafter:
     def __init__(
         self, shortest: int, longest: int, growth: DepthController, branching: int
     ) -> None:
-        self.growth = growth
-        self.last = Drafting()
+        super().__init__(growth)
         self._shortest = shortest
         self._longest = longest
         self._branching = branching
-
-    @property
-    def max_depth(self) -> int:
-        return self.growth.max_steps
 
     def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
         began = time.perf_counter()
@@ -51,31 +44,16 @@ class NgramDrafter:
     def follow(self, rows: list[ComputedRow]) -> None:
         """The text is all there is to know."""
 
-    def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
-        for draft, path in zip(drafts, walks.paths, strict=True):
-            nodes, accepted, first = verdicts(draft.tree, path)
-            self.growth.acceptance.observe(draft.confidence[nodes], accepted, first)
-
-    def observe_round(self, done: Round) -> None:
-        self.growth.observe_round(done)
-
     def _found(self, row: DraftRow) -> DraftTokens:
-        depth = min(self.max_depth, row.depth)
-        found = lookup(
-            row.history, self._shortest, self._longest, depth, self._branching, row.limit
+        return lookup(
+            row.history,
+            self._shortest,
+            self._longest,
+            min(self.max_depth, row.depth),
+            self._branching,
+            row.limit,
+            self.growth.acceptance.estimate,
         )
-        return DraftTokens(self._scored(found), found.confidence)
-
-    def _scored(self, found: DraftTokens) -> TokenTree:
-        """The tree with the probability that each node is on the text's path."""
-        tree = found.tree
-        given = self.growth.acceptance.estimate(found.confidence)
-        reached = np.ones(len(tree) + 1)  # last: the root
-        left = np.ones(len(tree) + 1)  # below each node, what its children so far leave over
-        for node, parent in enumerate(tree.parents):
-            reached[node] = reached[parent] * left[parent] * given[node]
-            left[parent] *= 1 - given[node]
-        return TokenTree(tree.tokens, tree.parents, reached[:-1].astype(np.float32))
 
     def _worth(self, draft: DraftTokens) -> DraftTokens:
         if not len(draft):

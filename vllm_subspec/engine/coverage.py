@@ -32,10 +32,14 @@ class OwnCoverage:
 
     Args:
         ahead: tokens behind its own that a place's K/V depends on.
+        keeps_drafts: whether K/V that was computed while drafting is the text's where the draft
+            turned out right. It is not where it came of another model's features than the text's
+            will.
     """
 
-    def __init__(self, ahead: int = 0) -> None:
+    def __init__(self, ahead: int = 0, keeps_drafts: bool = True) -> None:
         self._ahead = ahead
+        self._keeps_drafts = keeps_drafts
         self._ends: dict[str, int] = {}
 
     def of(self, request_id: str, end: int) -> int:
@@ -54,7 +58,7 @@ class OwnCoverage:
                 verified.
         """
         known = self._ends.get(request_id)
-        right = max(before, committed - self._ahead)
+        right = max(before, committed - self._ahead) if self._keeps_drafts else before
         self._ends[request_id] = before if known is None else min(known, right)
 
     def forget(self, living: AbstractSet[str]) -> None:

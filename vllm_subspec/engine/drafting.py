@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """From options to drafters: which models are loaded, and how they are put together.
 
-subspec                substitute grows trees
-subspec + drafter      Hierarchy(substitute, drafter)
-hierspec               Hierarchy(intermediate, drafter)
-hierspec without one   the drafter's trees go to the target
+subspec                    Hierarchy(substitute, drafter), by default with lookups
+subspec, drafter null      the substitute's trees go to the target
+hierspec                   Hierarchy(intermediate, drafter)
+hierspec, no intermediate  the drafter's trees go to the target
 """
 
 from collections.abc import Callable
@@ -79,12 +79,9 @@ class Models:
             base_config = self._config(options.intermediate, "draft_model").draft_model_config
             self.max_length = min(self.max_length, base_config.max_model_len)
             base, layers = draft_models.load(config, base_config, "intermediate")
-            self._intermediate = PagedModel(runner, base, layers), self._own_coverage()
+            self._intermediate = PagedModel(runner, base, layers), self._tracked(OwnCoverage())
         if options.drafter is not None and options.drafter.model is not None:
-            self._load_inner(options.drafter, base, base_config)
-        self._taps_target = self._tap is not None and base is target
-        if self._taps_target and options.drafter and options.drafter.method == "eagle3":
-            runner.use_aux_hidden_state_outputs = True
+            self._load_inner(options.drafter, base, base_config, base is target)
         if self._build_substitute is not None:
             substitute = self._build_substitute(target)
             model = PagedModel(runner, substitute, self.target_layers)
@@ -160,18 +157,15 @@ class Models:
             for coverage in self._coverages:
                 coverage.settle(name, before, before + right)
             if isinstance(self._inner, HeadModel):
-                if self._taps_target:
-                    # A head looked at the substitute's features so far; now the target's are here.
-                    self._inner.forget(name, before)
                 self._inner.settle(name, before + right)
             if features is not None and self._tap is not None:
                 text = np.arange(verification.roots[row] + 1 - before)
                 chosen = verification.starts[row] + np.append(text, text.size + path)
                 self._tap.features.add(name, before, features[torch.as_tensor(chosen)])
 
-    def _own_coverage(self, ahead: int = 0) -> OwnCoverage:
-        self._coverages.append(OwnCoverage(ahead))
-        return self._coverages[-1]
+    def _tracked(self, coverage: OwnCoverage) -> OwnCoverage:
+        self._coverages.append(coverage)
+        return coverage
 
     def _config(
         self, model: str, method: str, base: ModelConfig | None = None
@@ -182,9 +176,9 @@ class Models:
         )
 
     def _load_inner(
-        self, options: DrafterOptions, base: nn.Module, base_config: ModelConfig
+        self, options: DrafterOptions, base: nn.Module, base_config: ModelConfig, of_target: bool
     ) -> None:
-        """The drafter's model; a head drafts for ``base``."""
+        """The drafter's model; a head drafts for ``base``, which is the target or is not."""
         runner = self._runner
         assert options.model is not None
         own = self._config(options.model, options.method, base_config)
@@ -193,13 +187,19 @@ class Models:
             module, layers = draft_models.load(
                 runner.vllm_config, own.draft_model_config, "drafter"
             )
-            self._inner = TreeModel(PagedModel(runner, module, layers), self._own_coverage())
+            coverage = self._tracked(OwnCoverage())
+            self._inner = TreeModel(PagedModel(runner, module, layers), coverage)
             return
         head, layers = draft_models.load_head(runner, own, base, base_config, "drafter")
         combine = head.combine_hidden_states if options.method == "eagle3" else None
         self._tap = Tap(Features(), combine)
+        self._taps_target = of_target
+        if of_target and options.method == "eagle3":
+            runner.use_aux_hidden_state_outputs = True
+        # While drafting it sees the substitute's features, or its own guesses.
+        coverage = self._tracked(OwnCoverage(ahead=1, keeps_drafts=not of_target))
         model = PagedModel(runner, head, layers)
-        self._inner = HeadModel(model, self._own_coverage(ahead=1), self._tap.features)
+        self._inner = HeadModel(model, coverage, self._tap.features)
 
     def _inner_drafter(self, options: DrafterOptions, pruning: Pruning) -> Drafter:
         if options.method == "ngram":

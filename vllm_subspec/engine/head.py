@@ -66,10 +66,6 @@ class HeadModel:
         begin = max(begin, self._features.first(request_id) or 0)
         return begin, self._features.between(request_id, begin, end)
 
-    def forget(self, request_id: str, end: int) -> None:
-        """Of a request only the first ``end`` places are right."""
-        self._coverage.reach(request_id, self._coverage.of(request_id, end))
-
     def settle(self, request_id: str, committed: int) -> None:
         """Of the first ``committed`` tokens all is right; keep what is still to be looked at."""
         self._features.cut(request_id, self._coverage.of(request_id, committed), committed)

@@ -24,7 +24,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from vllm_subspec.config import SubspecOptions
-from vllm_subspec.core.plan import MemoryPlan
+from vllm_subspec.core.plan import MemoryPlan, choose_tier
 from vllm_subspec.engine.fingerprint import fingerprint, store_name
 from vllm_subspec.engine.residency import plan_residency
 from vllm_subspec.weights.kernels import SubstituteKernel
@@ -145,11 +145,8 @@ class Loading:
         wanted = self._options.weight_source
         if wanted != "auto":
             return wanted
-        if self._device.type == "cpu":
-            return "disk"  # on the CPU, host memory is the device itself
-        # Leave a tenth for everything else on the host.
-        room = 0.9 * psutil.virtual_memory().available
-        return "host" if self.plan.store_bytes <= room else "disk"
+        available = psutil.virtual_memory().available
+        return choose_tier(self.plan.store_bytes, available, self._device.type == "cpu")
 
     def _absorb(self, layer: StreamedLayer) -> None:
         self._substitute(layer, layer.loaded())

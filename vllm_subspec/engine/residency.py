@@ -6,15 +6,11 @@ import psutil
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.utils.mem_constants import GiB_bytes
 
 from vllm_subspec.config import SubspecOptions
-from vllm_subspec.core.plan import Budget, MemoryPlan, ModelSizes, plan_memory
+from vllm_subspec.core.plan import WORKSPACE, Budget, MemoryPlan, ModelSizes, plan_memory
 from vllm_subspec.weights import kernels
 from vllm_subspec.weights.streaming import block_layout, linears_of
-
-_WORKSPACE = GiB_bytes
-"""Activations, the interpreter and its libraries."""
 
 _KV_TOKENS = 16384
 
@@ -47,7 +43,7 @@ def plan_residency(
     vocabulary = model.get_vocab_size() // parallel.tensor_parallel_size
     other = heads * vocabulary * model.get_hidden_size() * model.dtype.itemsize
     plan = plan_memory(
-        ModelSizes([streamable] * layers, [substitute] * layers, other, kv, _WORKSPACE),
+        ModelSizes([streamable] * layers, [substitute] * layers, other, kv, WORKSPACE),
         Budget(_device_bytes(config, device), _kv_tokens(config)),
         resident_weights_gib=options.resident_weights_gib,
         ring_layers=options.ring_layers,

@@ -30,7 +30,14 @@ def read_shape(model: str) -> tuple[ModelShape, Any]:
 
 
 def shape_of(module: torch.nn.Module, config: Any) -> ModelShape:
-    """The shape of a transformers model, on whatever device."""
+    """The shape of a transformers model, on whatever device.
+
+    Args:
+        config: its text configuration.
+
+    Raises:
+        ValueError: it has no decoder layers under the name that streaming knows them by.
+    """
     layers: dict[int, list[Linear]] = {}
     other = 0
     for name, parameter in module.named_parameters():
@@ -41,6 +48,11 @@ def shape_of(module: torch.nn.Module, config: Any) -> ModelShape:
             layers.setdefault(int(found[1]), []).append(linear)
         else:
             other += parameter.numel()
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no weights named layers.<number>., which are what is "
+            "streamed: use another model"
+        )
     head = config.vocab_size * config.hidden_size
     heads = config.num_attention_heads
     return ModelShape(
