@@ -18,39 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from vllm_subspec.bench import environment
+from vllm_subspec.bench.bandwidth import store_read_rate
 
 RESULT = Path(__file__).resolve().parent / "results" / "chain.json"
 
 
-def reader_bandwidth(store: str) -> float:
-    """Bytes/s of plain O_DIRECT reads of the whole file, nothing else running: 4 x 8 MiB."""
-    import os
-    from concurrent.futures import ThreadPoolExecutor
-
-    from vllm_subspec.weights.store import aligned_buffer
-
-    size = os.stat(store).st_size // 4096 * 4096
-    piece = 8 << 20
-    fd = os.open(store, os.O_RDONLY | os.O_DIRECT)
-    buffers = [aligned_buffer(piece) for _ in range(4)]
-
-    def read(lane: int) -> None:
-        view = memoryview(buffers[lane].numpy().data)
-        for at in range(lane * piece, size, 4 * piece):
-            os.preadv(fd, [view[: min(piece, size - at)]], at)
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, range(4)))
-    seconds = time.perf_counter() - began
-    os.close(fd)
-    return size / seconds
-
-
 def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
     """One engine: both ways on every prompt, alternating."""
-    from benchmarks.session import BUILD, PROMPTS, Session, checkpoint, peak_rss
+    from benchmarks.checkpoints import BUILD, PROMPTS, checkpoint
+    from vllm_subspec.bench.session import Session, harmonic, peak_rss
     from vllm_subspec.core.plan import overlapped_bound, serial_bound
 
     model = checkpoint(args.gib, dtype)
@@ -72,7 +49,7 @@ def measure(dtype: str, bits: int, args: argparse.Namespace) -> dict[str, Any]:
     head = {"ready": 0.0, "total": 0.0}
     rounds: dict[str, float] = {}
     for prompt in PROMPTS:
-        bandwidths.append(reader_bandwidth(plan["store"]))
+        bandwidths.append(store_read_rate(Path(plan["store"])))
         before = session.call("streaming_stats")
         (plain,) = session.generate([prompt], args.plain_tokens, speculate=False, logprobs=2)
         time.sleep(1)  # the head start of the prompt's own pass is no verification's: let it load
@@ -140,10 +117,6 @@ def first_difference(
     return {"first_difference": at, "margin_there": None if at is None else margins[at]}
 
 
-def harmonic(speeds: list[float]) -> float:
-    return len(speeds) / sum(1 / s for s in speeds)
-
-
 def _worker(dtype: str, bits: int, args: argparse.Namespace, out: Any) -> None:
     out.put(measure(dtype, bits, args))
 
@@ -172,7 +145,7 @@ def main() -> int:
         results.append(queue.get())
         process.join()
         print(json.dumps({k: v for k, v in results[-1].items() if k != "prompts"}, indent=1))
-        report.write(args.out, {"environment": report.environment(), "results": results})
+        environment.write(args.out, {"environment": environment.describe(), "results": results})
     return 0
 
 

@@ -15,7 +15,8 @@ import time
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from benchmarks.session import BUILD, PROMPTS, Generated, Session, checkpoint, peak_rss
+from benchmarks.checkpoints import BUILD, PROMPTS, checkpoint
+from vllm_subspec.bench.session import Generated, Session, peak_rss
 
 GREEN, BOLD, DIM, RESET = "\x1b[32m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 

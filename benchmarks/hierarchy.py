@@ -14,17 +14,17 @@ what it measures; `benchmarks.plot_hierarchy` draws it.
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import report
-from benchmarks.chain import harmonic
+from vllm_subspec.bench import environment
+from vllm_subspec.bench.engine_process import EngineProcess
 from vllm_subspec.config import SubspecOptions
+
+if TYPE_CHECKING:
+    from vllm_subspec.bench.session import Generated, Session
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "hierarchy.json"
@@ -63,7 +63,7 @@ UNION: dict[str, dict[str, Any]] = {
 
 def quantised(gib: float) -> tuple[Path, Path]:
     """A bfloat16 checkpoint and its 4-bit copy (compressed-tensors), both written once."""
-    from benchmarks.session import checkpoint
+    from benchmarks.checkpoints import checkpoint
     from vllm_subspec.weights.quantized_weight import QuantFormat
     from vllm_subspec.weights.save_checkpoint import quantize_checkpoint
 
@@ -74,8 +74,13 @@ def quantised(gib: float) -> tuple[Path, Path]:
     return whole, folder
 
 
+def pass_seconds(session: "Session") -> dict[int, float]:
+    """Of passes of the target over so many tokens without any text before them."""
+    rpc = session.llm.collective_rpc
+    return {tokens: rpc(_pass_seconds, args=(tokens,))[0] for tokens in PASSES}
+
+
 def _pass_seconds(worker: Any, tokens: int) -> float:
-    """Of a pass of the target over ``tokens`` tokens without any text before them."""
     times = []
     for _ in range(7):
         began = time.perf_counter()
@@ -84,57 +89,31 @@ def _pass_seconds(worker: Any, tokens: int) -> float:
     return sorted(times)[3]
 
 
-def _serve(model: Path, speculative: dict[str, Any] | None, pipe: Connection) -> None:
-    """An engine that answers what comes through ``pipe``."""
-    from benchmarks.session import Session
-
-    session = Session(model, speculative, max_model_len=1024)
-    pipe.send("ready")
-    while (asked := pipe.recv()) is not None:
-        if asked == "passes":
-            rpc = session.llm.collective_rpc
-            pipe.send({n: rpc(_pass_seconds, args=(n,))[0] for n in PASSES})
-            continue
-        drafting, temperature, prompt, tokens = asked
-        if drafting is not None:
-            session.llm.collective_rpc("set_drafting", kwargs=drafting)
-        (answer,) = session.generate([prompt], tokens, temperature=temperature, seed=0)
-        pipe.send(answer)
+def generate(
+    session: "Session",
+    drafting: dict[str, Any] | None,
+    temperature: float,
+    prompt: str,
+    tokens: int,
+) -> "Generated":
+    """One answer; ``drafting`` are arguments of ``set_drafting``."""
+    if drafting is not None:
+        session.llm.collective_rpc("set_drafting", kwargs=drafting)
+    (answer,) = session.generate([prompt], tokens, temperature=temperature, seed=0)
+    return answer
 
 
-class Engine:
-    """A process with an engine."""
-
-    def __init__(self, model: Path, speculative: dict[str, Any] | None) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(model, speculative, theirs))
-        self._process.start()
-        theirs.close()
-        self._pipe.recv()
-
-    def generate(
-        self, drafting: dict[str, Any] | None, temperature: float, prompt: str, tokens: int
-    ) -> Any:
-        """One answer; ``drafting`` are arguments of ``set_drafting``."""
-        return self._ask((drafting, temperature, prompt, tokens))
-
-    def pass_seconds(self) -> dict[int, float]:
-        found: dict[int, float] = self._ask("passes")
-        return found
-
-    def close(self) -> None:
-        self._pipe.send(None)
-        self._process.join()
-
-    def _ask(self, asked: Any) -> Any:
-        self._pipe.send(asked)
-        return self._pipe.recv()
+def asking(
+    engine: EngineProcess, drafting: dict[str, Any] | None, temperature: float
+) -> Callable[[str, int], "Generated"]:
+    """Answers a prompt with so many tokens."""
+    return lambda prompt, tokens: engine.call(generate, drafting, temperature, prompt, tokens)
 
 
 def rounds(asks: Mapping[str, Callable[[str, int], Any]], tokens: int) -> dict[str, Any]:
     """Every prompt by every way in turn, after a warm-up of each."""
-    from benchmarks.session import PROMPTS
+    from benchmarks.checkpoints import PROMPTS
+    from vllm_subspec.bench.session import harmonic
 
     for ask in asks.values():
         for prompt in PROMPTS:
@@ -155,21 +134,20 @@ def rounds(asks: Mapping[str, Callable[[str, int], Any]], tokens: int) -> dict[s
 
 def hierspec(args: argparse.Namespace) -> dict[str, Any]:
     whole, low = quantised(args.gib)
-    engines = {name: Engine(low, way) for name, way in WAYS.items()}
-    asks = {name: partial(engine.generate, None, 0.0) for name, engine in engines.items()}
+    engines = {name: EngineProcess(low, way, max_model_len=1024) for name, way in WAYS.items()}
+    asks = {name: asking(engine, None, 0.0) for name, engine in engines.items()}
     result: dict[str, Any] = {"ways": rounds(asks, args.tokens)}
-    result["pass_seconds"] = {"w4a16": engines["no speculation"].pass_seconds()}
+    result["pass_seconds"] = {"w4a16": engines["no speculation"].call(pass_seconds)}
     for engine in engines.values():
         engine.close()
-    twin = Engine(whole, None)
-    result["pass_seconds"]["bfloat16"] = twin.pass_seconds()
-    twin.close()
+    with EngineProcess(whole, None, max_model_len=1024) as twin:
+        result["pass_seconds"]["bfloat16"] = twin.call(pass_seconds)
     return result
 
 
 def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Plain subspec and the hierarchy, on one engine that streams from disk."""
-    from benchmarks.session import BUILD, checkpoint
+    from benchmarks.checkpoints import BUILD, checkpoint
 
     options = {
         "method": "subspec",
@@ -177,7 +155,7 @@ def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "store_dir": str(BUILD / "stores"),
         "drafter": drafter,
     }
-    engine = Engine(checkpoint(args.streamed_gib), options)
+    engine = EngineProcess(checkpoint(args.streamed_gib), options, max_model_len=1024)
     ways: dict[str, dict[str, Any]] = {
         "chain": {"hierarchy": False, "branching": 1},
         "tree": {"hierarchy": False},
@@ -185,9 +163,7 @@ def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     }
     found = {}
     for temperature in TEMPERATURES:
-        asks = {
-            name: partial(engine.generate, drafting, temperature) for name, drafting in ways.items()
-        }
+        asks = {name: asking(engine, drafting, temperature) for name, drafting in ways.items()}
         found[str(temperature)] = rounds(asks, args.streamed_tokens)
     engine.close()
     return found
@@ -206,12 +182,12 @@ def main() -> int:
     if args.out.exists():
         result = json.loads(args.out.read_text())
     for part in args.parts:
-        result["environments"][part] = report.environment()
+        result["environments"][part] = environment.describe()
         if part == "hierspec":
             result["hierspec"] = hierspec(args)
         else:
             result["union"][part] = union(UNION[part], args)
-        report.write(args.out, result)
+        environment.write(args.out, result)
     return 0
 
 

@@ -24,7 +24,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.platforms import current_platform
 
-from benchmarks import report
+from vllm_subspec.bench import environment
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
 from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
@@ -141,7 +141,9 @@ def main() -> int:
         initialize_model_parallel(1)
         sizes = [shape.split("x") for shape in args.shapes.split(",")]
         shapes = [measure(int(rows), int(columns), tokens, args) for rows, columns in sizes]
-    report.write(args.out, {**report.environment(), "threads": args.threads, "shapes": shapes})
+    environment.write(
+        args.out, {**environment.describe(), "threads": args.threads, "shapes": shapes}
+    )
     return 0
 
 

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.chain import first_difference, harmonic, reader_bandwidth
+from benchmarks.chain import first_difference
+from vllm_subspec.bench import environment
+from vllm_subspec.bench.bandwidth import store_read_rate
 
 RESULT = Path(__file__).resolve().parent / "results" / "trees.json"
 
@@ -42,7 +43,8 @@ class Measured:
     """
 
     def __init__(self, dtype: str, bits: int, args: argparse.Namespace) -> None:
-        from benchmarks.session import BUILD, PROMPTS, Session, checkpoint
+        from benchmarks.checkpoints import BUILD, PROMPTS, checkpoint
+        from vllm_subspec.bench.session import Session
 
         options = {
             "resident_weights_gib": 0,
@@ -61,7 +63,7 @@ class Measured:
         self.session.generate(PROMPTS[:1], 2, speculate=False)
 
     def plain(self, prompts: list[str], tokens: int) -> list[Any]:
-        self._readers.append(reader_bandwidth(self.plan["store"]))
+        self._readers.append(store_read_rate(Path(self.plan["store"])))
         answers: list[Any] = self.session.generate(prompts, tokens, speculate=False, logprobs=2)
         return answers
 
@@ -93,6 +95,8 @@ class Measured:
 
     def summary(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
         """Speeds of whole batches, and the mean round."""
+        from vllm_subspec.bench.session import harmonic
+
         stats = {key: sum(run["stats"][key] for run in runs) for key in runs[0]["stats"]}
         rounds, requests = stats["rounds"], stats["request_rounds"]
         draft, verify = stats["draft_seconds"] / rounds, stats["verify_seconds"] / rounds
@@ -130,6 +134,8 @@ def speed(answers: list[Any]) -> float:
 
 def headline(measured: Measured) -> dict[str, Any]:
     """Greedy, batch 1: plain, chain and tree on every prompt."""
+    from vllm_subspec.bench.session import harmonic
+
     args = measured.args
     ways = {"chain": CHAIN, "tree": TREE}
     for way in ways.values():
@@ -258,9 +264,9 @@ def main() -> int:
             same[0].update(result)
         else:
             known["results"].append(result)
-        measured = dict.fromkeys(parts, report.environment())
+        measured = dict.fromkeys(parts, environment.describe())
         known["environments"].setdefault(run, {}).update(measured)
-        report.write(args.out, known)
+        environment.write(args.out, known)
     return 0
 
 

@@ -23,7 +23,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from vllm_subspec import __version__
-from vllm_subspec.cli.bandwidth import PROBE_BYTES, direct_read_rate, memory_rates
+from vllm_subspec.bench.bandwidth import PROBE_BYTES, direct_read_rate, memory_rates
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.weights.store_format import StoreReadError
 

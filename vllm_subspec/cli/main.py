@@ -11,6 +11,7 @@ from vllm_subspec import __version__
 
 COMMANDS = {
     "plan": "tell from a model's configuration what goes where and how fast it will be",
+    "bench": "measure the ways of drafting beside each other: JSON, an HTML page, a trace",
     "quantize": "write a model's low-bit substitutes as a compressed-tensors checkpoint",
     "doctor": "check versions, seams, device, memory and disk of this machine",
 }

@@ -240,7 +240,7 @@ def _machine(
     Raises:
         ValueError: the device is not here.
     """
-    from vllm_subspec.cli.bandwidth import direct_read_rate, memory_rates
+    from vllm_subspec.bench.bandwidth import direct_read_rate, memory_rates
 
     copied = link is None and source == "host"
     if (copied or device is None) and not (device_is_host or torch.cuda.is_available()):

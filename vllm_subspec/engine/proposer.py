@@ -19,12 +19,13 @@ from vllm.config import VllmConfig
 
 from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.round_log import RoundLog, RoundRecord
 from vllm_subspec.drafters.base import ComputedRow, Drafter, DraftRow
 from vllm_subspec.engine import ranks
 from vllm_subspec.engine.drafting import Models, Pruning
 from vllm_subspec.engine.method import options_of
-from vllm_subspec.engine.metrics import DraftingStats
 from vllm_subspec.engine.verification import Verification
+from vllm_subspec.weights.ring import RingStats
 
 if TYPE_CHECKING:
     from vllm_subspec.engine.runner import TreeRunner
@@ -38,17 +39,23 @@ class DraftProposer:
         assert options is not None
         self.options = options
         self.enabled = True
-        self.stats = DraftingStats()
+        self.log = RoundLog(options.limit)
         self._max_model_len = vllm_config.model_config.max_model_len
         self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
         self._pass_began: float | None = None
-        self._last_draft_seconds = 0.0
+        self._drafted = (0.0, 0.0)  # when the last drafting began and ended
+        self._before_pass = RingStats()
 
     def bind(
-        self, runner: "TreeRunner", build_substitute: Callable[[nn.Module], nn.Module] | None
+        self,
+        runner: "TreeRunner",
+        build_substitute: Callable[[nn.Module], nn.Module] | None,
+        ring_stats: Callable[[], RingStats] = RingStats,
     ) -> None:
+        """What it drafts with, and the counters of the ring if the target's weights stream."""
         self._runner = runner
         self._models = Models(runner, self.options, build_substitute)
+        self._ring_stats = ring_stats
 
     @property
     def target_layers(self) -> frozenset[str]:
@@ -71,6 +78,7 @@ class DraftProposer:
 
     def pass_begins(self) -> None:
         """The target's next pass starts now."""
+        self._before_pass = replace(self._ring_stats())
         self._pass_began = time.perf_counter()
 
     def target_computed(
@@ -111,7 +119,7 @@ class DraftProposer:
         if rows:
             for row, draft in zip(rows, self.drafter.propose(rows), strict=True):
                 drafts[row.index] = draft
-            self._last_draft_seconds = time.perf_counter() - began
+            self._drafted = began, time.perf_counter()
         return drafts
 
     def _row(self, index: int, history: np.ndarray) -> DraftRow | None:
@@ -151,26 +159,32 @@ class DraftProposer:
         self.drafter.observe(verification.drafts, verification.walks)
         # Prompt chunks and rows without a draft cost time that says nothing about draft tokens.
         if drafted.all() and all(sampled_token_ids) and self._pass_began is not None:
-            emitted = sum(len(tokens) for tokens in sampled_token_ids)
-            self._record(verification, emitted, now - self._pass_began)
+            self._record(verification, sum(map(len, sampled_token_ids)), self._pass_began, now)
 
-    def _record(self, verification: Verification, emitted: int, verify_seconds: float) -> None:
+    def _record(
+        self, verification: Verification, emitted: int, pass_began: float, now: float
+    ) -> None:
         rows, nodes = len(verification.drafts), int(verification.sizes.sum())
-        last = self.drafter.last
+        last, ring = self.drafter.last, self._ring_stats()
+        record = RoundRecord(
+            *self._drafted,
+            pass_began,
+            now,
+            forward_seconds=last.forward_seconds,
+            steps=len(last.nodes),
+            expanded_nodes=sum(last.nodes),
+            requests=rows,
+            nodes=nodes,
+            depth=sum(int(draft.tree.depths.max()) for draft in verification.drafts),
+            emitted=emitted,
+            stall_seconds=ring.stall_seconds - self._before_pass.stall_seconds,
+            streamed_bytes=ring.bytes_streamed - self._before_pass.bytes_streamed,
+        )
+        assert verification.walks is not None
+        self.log.add(record, verification.drafts, verification.walks)
         # Between the steps and the pass lies a little that belongs to neither: the round's rest.
-        rest = self._last_draft_seconds - sum(last.seconds) + verify_seconds
+        rest = record.draft_seconds - sum(last.seconds) + record.verify_seconds
         rest, *step_seconds = ranks.agree([rest, *last.seconds])
         self.drafter.observe_round(
             Round(rows, last.nodes, step_seconds, nodes + rows, emitted, rest)
         )
-        stats = self.stats
-        stats.rounds += 1
-        stats.request_rounds += rows
-        stats.draft_nodes += nodes
-        stats.draft_depth += sum(int(draft.tree.depths.max()) for draft in verification.drafts)
-        stats.emitted_tokens += emitted
-        stats.steps += len(last.nodes)
-        stats.expanded_nodes += sum(last.nodes)
-        stats.forward_seconds += last.forward_seconds
-        stats.draft_seconds += self._last_draft_seconds
-        stats.verify_seconds += verify_seconds

@@ -4,6 +4,7 @@
 
 import contextlib
 import dataclasses
+import resource
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from vllm_subspec.engine.loading import Loading
 from vllm_subspec.engine.method import options_of
 from vllm_subspec.engine.proposer import DraftProposer
 from vllm_subspec.engine.runner import TreeCPUModelRunner, TreeGPUModelRunner
+from vllm_subspec.weights.ring import RingStats
 from vllm_subspec.weights.streaming import RING_OPERATORS
 
 if TYPE_CHECKING:
@@ -106,8 +108,19 @@ class DraftingWorker(Worker):
         self.proposer.configure(*size, options.pruning, hierarchy)
 
     def drafting_stats(self) -> dict[str, float]:
-        """Totals of drafting and verifying (`engine.metrics.DraftingStats`)."""
-        return dict(vars(self.proposer.stats))
+        """Totals of drafting and verifying (`core.round_log.RoundTotals`)."""
+        return dict(vars(self.proposer.log.totals))
+
+    def round_log(self, since: float = 0.0) -> dict[str, Any]:
+        """All that is known of rounds (`core.round_log.RoundLog.to_json_dict`)."""
+        return self.proposer.log.to_json_dict(since)
+
+    def peak_memory(self) -> int:
+        """Bytes of the device that this rank has ever had at once; without a GPU of host memory,
+        the interpreter and its libraries included."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def shutdown(self) -> None:
         if self.options.trees:
@@ -125,7 +138,7 @@ class SubspecWorker(DraftingWorker):
         assert isinstance(options, SubspecOptions)
         rank = get_tp_group().rank_in_group
         self.loading = Loading(self.vllm_config, options, rank, self.model_runner.device)
-        self.proposer.bind(self.model_runner, self.loading.build_draft)
+        self.proposer.bind(self.model_runner, self.loading.build_draft, self._ring_stats)
 
     def load_model(self, **kwargs: Any) -> None:
         set_offloader(self.loading.offloader)
@@ -170,8 +183,26 @@ class SubspecWorker(DraftingWorker):
 
     def streaming_stats(self) -> dict[str, float]:
         """Counters of this rank's ring (`weights.ring.RingStats`); empty when nothing streams."""
+        return {} if self.loading.ring is None else dict(vars(self._ring_stats()))
+
+    def block_intervals(self, since: float = 0.0) -> dict[str, list[dict[str, float]]]:
+        """When blocks were read and waited for (`weights.ring.Interval`), from ``since`` on.
+
+        Returns:
+            "loads": reads by a background thread; none where the device copies by itself.
+            "waits": times that the pass stood still for a block; with CUDA only for its read.
+        """
         ring = self.loading.ring
-        return {} if ring is None else dict(vars(ring.stats))
+        if ring is None:
+            return {"loads": [], "waits": []}
+        kinds = {"loads": list(ring.transfer.loads), "waits": list(ring.waits)}
+        return {
+            kind: [dataclasses.asdict(one) for one in intervals if one.began >= since]
+            for kind, intervals in kinds.items()
+        }
+
+    def _ring_stats(self) -> RingStats:
+        return RingStats() if self.loading.ring is None else self.loading.ring.stats
 
     def shutdown(self) -> None:
         if self.loading.ring is not None:

@@ -14,6 +14,7 @@ the draft runs, the first ``slots`` blocks of the next verification load (the he
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,6 +50,19 @@ class HostSource:
         self._blocks.clear()
 
 
+@dataclass(frozen=True)
+class Interval:
+    """What took time for a block; times are of ``time.perf_counter``."""
+
+    block: int
+    began: float
+    ended: float
+
+
+_KEPT = 8192  # of the newest intervals of a kind
+_NOTEWORTHY = 1e-4  # seconds of waiting
+
+
 class Transfer(Protocol):
     """How a block gets from its source into a slot, and how its arrival is awaited.
 
@@ -56,6 +70,9 @@ class Transfer(Protocol):
     by `release`; after `wait` the slot holds the block for everything that is issued later on the
     compute thread or stream.
     """
+
+    loads: deque[Interval]
+    """The newest reads by a background thread, which appends to it."""
 
     def start(self, block: int, slot: int) -> None: ...
 
@@ -98,6 +115,8 @@ class Ring:
             )
         self._loading: list[int] = [-1] * self.slots  # the block each slot holds or awaits
         self._failure: StoreReadError | None = None
+        self.waits: deque[Interval] = deque(maxlen=_KEPT)
+        """The newest times that the compute thread stood still for a block."""
         for block in range(self.slots):
             self._load(block)
 
@@ -132,7 +151,10 @@ class Ring:
             self.stats.failures += 1
             self._failure = self._failure or error
             self._loading[slot] = -1
-        self.stats.stall_seconds += time.perf_counter() - begin
+        end = time.perf_counter()
+        self.stats.stall_seconds += end - begin
+        if end - begin > _NOTEWORTHY:
+            self.waits.append(Interval(block, begin, end))
 
     def release(self, block: int) -> None:
         """``block`` has been used by everything issued so far; refill its slot."""
@@ -179,6 +201,7 @@ class ThreadTransfer:
     def __init__(
         self, source: BlockSource, slots: Sequence[torch.Tensor], block_nbytes: Sequence[int]
     ) -> None:
+        self.loads: deque[Interval] = deque(maxlen=_KEPT)
         self._source = source
         self._slots = list(slots)
         self._block_nbytes = list(block_nbytes)
@@ -187,8 +210,13 @@ class ThreadTransfer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="subspec-ring")
 
     def start(self, block: int, slot: int) -> None:
+        self._pending[slot] = self._thread.submit(self._read, block, slot)
+
+    def _read(self, block: int, slot: int) -> None:
+        began = time.perf_counter()
         out = self._slots[slot][: self._block_nbytes[block]]
-        self._pending[slot] = self._thread.submit(self._source.read, block, out, self._cancel)
+        self._source.read(block, out, self._cancel)
+        self.loads.append(Interval(block, began, time.perf_counter()))
 
     def wait(self, slot: int) -> None:
         pending = self._pending[slot]
@@ -224,6 +252,7 @@ class CudaTransfer:
         block_nbytes: Sequence[int],
         staging: Sequence[torch.Tensor] = (),
     ) -> None:
+        self.loads: deque[Interval] = deque(maxlen=_KEPT)
         self._source = source
         self._slots = list(slots)
         self._block_nbytes = list(block_nbytes)
@@ -255,7 +284,9 @@ class CudaTransfer:
         self._issued += 1
         self._staging_copied[staging].synchronize()
         host = self._staging[staging][: self._block_nbytes[block]]
+        began = time.perf_counter()
         self._source.read(block, host, self._cancel)
+        self.loads.append(Interval(block, began, time.perf_counter()))
         self._copy(host, slot)
         self._staging_copied[staging].record(self._stream)
 

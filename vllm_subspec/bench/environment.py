@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""What every committed result carries: versions, hardware, the exact command."""
+"""What every result carries: versions, hardware, the exact command."""
 
 import importlib.metadata
 import json
@@ -14,13 +14,14 @@ from typing import Any
 import psutil
 
 PACKAGES = ("vllm", "torch", "transformers", "compressed-tensors", "vllm-subspec")
+_TOP = Path(__file__).resolve().parents[2]
 
 
-def environment() -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """Versions, hardware and command line of this run."""
     flags = _cpu("flags").split()
     return {
-        "command": shlex.join(["python", *_relative(sys.orig_argv[1:])]),
+        "command": command(sys.orig_argv),
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -28,6 +29,7 @@ def environment() -> dict[str, Any]:
         "cpu_flags": [f for f in flags if f.startswith(("avx512_", "amx", "avx512f", "avx2"))],
         "cores": psutil.cpu_count(logical=False),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": _gpu(),
     }
 
 
@@ -36,9 +38,16 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _relative(argv: list[str]) -> list[str]:
-    root = str(Path(__file__).resolve().parent.parent)
-    return [str(a).replace(root + "/", "") for a in argv]
+def command(argv: list[str]) -> str:
+    """A command line as one would type it in the checkout: without folders of this machine.
+
+    Args:
+        argv: as `sys.orig_argv`: an interpreter, and a script or a module with its arguments.
+    """
+    words = [str(word).replace(f"{_TOP}/", "") for word in argv[1:]]
+    if Path(argv[1]).name == "vllm-subspec":
+        return shlex.join(["vllm-subspec", *words[1:]])
+    return shlex.join(["python", *words])
 
 
 def _cpu(key: str) -> str:
@@ -48,8 +57,17 @@ def _cpu(key: str) -> str:
     return ""
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
+def _gpu() -> str | None:
+    import torch  # heavy, and not needed to write a command down
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package is run from, if it is one."""
+    asked = ["git", "-C", str(_TOP), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -13,33 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# The engine's steps are timed from outside, so it must not run in a process of its own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from vllm import LLM, SamplingParams, TokensPrompt
-
-from benchmarks.upscale import Recipe, load_config, pick_shape, upscale
-
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build"
-"""Checkpoints and stores that the demo and the benchmarks make; not in git."""
-
-PROMPTS = [
-    "import os\nimport sys\n\n\ndef walk(path):\n",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "def parse_args(argv=None):\n    parser = argparse.ArgumentParser(",
-    "    def test_empty(self):\n        self.assertEqual(",
-]
-
-
-def checkpoint(gib: float, dtype: str = "bfloat16") -> Path:
-    """The bundled model made at least ``gib`` GiB large, written once."""
-    folder = BUILD / f"pystd-{gib:g}gib-{dtype}"
-    if not (folder / "config.json").exists():
-        source = ROOT / "models" / "pystd-6m"
-        width, layers = pick_shape(load_config(source), gib, dtype)
-        upscale(source, folder, Recipe(source.name, width, layers, 2.5, 0, dtype))
-    return folder
 
 
 @dataclass
@@ -75,12 +52,12 @@ class Session:
     """An engine, with method ``subspec`` unless told otherwise.
 
     Args:
-        model: folder of the checkpoint.
+        model: folder of the checkpoint, or its name on the hub.
         options: the ``--speculative-config``; None for no speculation.
         engine: further arguments of `vllm.LLM`.
     """
 
-    def __init__(self, model: Path, options: dict[str, Any] | None, **engine: Any) -> None:
+    def __init__(self, model: Path | str, options: dict[str, Any] | None, **engine: Any) -> None:
         settings: dict[str, Any] = {
             "enforce_eager": True,
             "max_model_len": 2048,
@@ -93,6 +70,7 @@ class Session:
         settings |= engine
         if options is not None:
             options = {"method": "subspec", **options}
+        self.method = None if options is None else options["method"]
         self.llm = LLM(str(model), speculative_config=options, **settings)
         self.settings = settings
         self._engine = self.llm.llm_engine
@@ -101,6 +79,15 @@ class Session:
     def call(self, method: str, *args: Any) -> Any:
         """A method of the (only) worker."""
         return self.llm.collective_rpc(method, args=args)[0]
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids; of a chat model those of a conversation that the prompt opens."""
+        tokenizer = self.llm.get_tokenizer()
+        if getattr(tokenizer, "chat_template", None) is None:
+            return list(tokenizer.encode(prompt))
+        turns = [{"role": "user", "content": prompt}]
+        told = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(told, add_special_tokens=False))
 
     def generate(
         self,
@@ -117,14 +104,13 @@ class Session:
         if speculate is not None:
             self.call("set_speculation", speculate)
         self.llm.reset_prefix_cache()
-        tokenizer = self.llm.get_tokenizer()
         params = SamplingParams(
             **{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
         )
         answers: dict[str, Generated] = {}
         for prompt in prompts:
             self._count += 1
-            ids = tokenizer.encode(prompt)
+            ids = self.encode(prompt)
             internal = self._engine.add_request(
                 str(self._count), TokensPrompt(prompt_token_ids=ids), params
             )
@@ -158,3 +144,8 @@ class Session:
 def peak_rss() -> int:
     """Bytes this process has ever had in memory at once."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def harmonic(speeds: list[float]) -> float:
+    """Mean of rates over equal amounts of work."""
+    return len(speeds) / sum(1 / s for s in speeds)
