@@ -36,7 +36,7 @@ demo: setup  ## stream a model from disk with and without SubSpec, side by side
 	@$(FAST) $(VENV_PYTHON) -m benchmarks.demo $(ARGS)
 
 bench: setup  ## measure the figures in benchmarks/ (ARGS are passed on)
-	@$(FAST) $(VENV_PYTHON) -m benchmarks.trees $(ARGS)
+	@$(FAST) $(VENV_PYTHON) -m benchmarks.streamed $(ARGS)
 
 clean:  ## remove .venv, caches and everything the demo and benchmarks made
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Method hierspec on a 4-bit target beside vLLM's own methods, and the union with subspec.
+"""Method hierspec on a 4-bit target beside vLLM's own methods.
 
-    python -m benchmarks.hierarchy [--gib 0.5] [--tokens 128] [--streamed-gib 1.6]
-        [--streamed-tokens 128] [--parts ...]
+    python -m benchmarks.hierarchy [--gib 0.5] [--tokens 128]
 
 One engine for each way, each in a process of its own; the prompts go round the engines, of which
 one computes at a time. The premise (arXiv 2505.22179, figure 2) is measured on the same machine: a
 pass of the target over n tokens, over one of a single token, with 4-bit weights and with the same
-model's bfloat16 weights. Writes benchmarks/results/hierarchy.json, of which ``--parts`` replaces
-what it measures; `benchmarks.plot_hierarchy` draws it.
+model's bfloat16 weights. Writes benchmarks/results/hierarchy.json; `benchmarks.plot_hierarchy`
+draws it.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_subspec.bench import environment
 from vllm_subspec.bench.engine_process import EngineProcess
-from vllm_subspec.config import SubspecOptions
 
 if TYPE_CHECKING:
     from vllm_subspec.bench.session import Generated, Session
@@ -52,12 +49,6 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "hierspec eagle, fixed": {**INTERMEDIATE, "drafter": EAGLE, "pruning": "none"},
     "hierspec eagle": {**INTERMEDIATE, "drafter": EAGLE},
     "hierspec ngram": {**INTERMEDIATE, "drafter": NGRAM},
-}
-TEMPERATURES = (0.0, 0.6)
-# Drafters under the substitute; the first is the default one.
-UNION: dict[str, dict[str, Any]] = {
-    "default": SubspecOptions.parse({}).to_json_dict()["drafter"],
-    "draft_model": MODEL,
 }
 
 
@@ -91,23 +82,17 @@ def _pass_seconds(worker: Any, tokens: int) -> float:
 
 def generate(
     session: "Session",
-    drafting: dict[str, Any] | None,
-    temperature: float,
     prompt: str,
     tokens: int,
 ) -> "Generated":
-    """One answer; ``drafting`` are arguments of ``set_drafting``."""
-    if drafting is not None:
-        session.llm.collective_rpc("set_drafting", kwargs=drafting)
-    (answer,) = session.generate([prompt], tokens, temperature=temperature, seed=0)
+    """One answer."""
+    (answer,) = session.generate([prompt], tokens)
     return answer
 
 
-def asking(
-    engine: EngineProcess, drafting: dict[str, Any] | None, temperature: float
-) -> Callable[[str, int], "Generated"]:
+def asking(engine: EngineProcess) -> Callable[[str, int], "Generated"]:
     """Answers a prompt with so many tokens."""
-    return lambda prompt, tokens: engine.call(generate, drafting, temperature, prompt, tokens)
+    return lambda prompt, tokens: engine.call(generate, prompt, tokens)
 
 
 def rounds(asks: Mapping[str, Callable[[str, int], Any]], tokens: int) -> dict[str, Any]:
@@ -132,11 +117,12 @@ def rounds(asks: Mapping[str, Callable[[str, int], Any]], tokens: int) -> dict[s
     }
 
 
-def hierspec(args: argparse.Namespace) -> dict[str, Any]:
-    whole, low = quantised(args.gib)
+def hierspec(gib: float, tokens: int) -> dict[str, Any]:
+    """All ways beside each other, and what passes cost."""
+    whole, low = quantised(gib)
     engines = {name: EngineProcess(low, way, max_model_len=1024) for name, way in WAYS.items()}
-    asks = {name: asking(engine, None, 0.0) for name, engine in engines.items()}
-    result: dict[str, Any] = {"ways": rounds(asks, args.tokens)}
+    asks = {name: asking(engine) for name, engine in engines.items()}
+    result: dict[str, Any] = {"ways": rounds(asks, tokens)}
     result["pass_seconds"] = {"w4a16": engines["no speculation"].call(pass_seconds)}
     for engine in engines.values():
         engine.close()
@@ -145,49 +131,14 @@ def hierspec(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def union(drafter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Plain subspec and the hierarchy, on one engine that streams from disk."""
-    from benchmarks.checkpoints import BUILD, checkpoint
-
-    options = {
-        "method": "subspec",
-        "resident_weights_gib": 0,
-        "store_dir": str(BUILD / "stores"),
-        "drafter": drafter,
-    }
-    engine = EngineProcess(checkpoint(args.streamed_gib), options, max_model_len=1024)
-    ways: dict[str, dict[str, Any]] = {
-        "chain": {"hierarchy": False, "branching": 1},
-        "tree": {"hierarchy": False},
-        "hierarchy": {},
-    }
-    found = {}
-    for temperature in TEMPERATURES:
-        asks = {name: asking(engine, drafting, temperature) for name, drafting in ways.items()}
-        found[str(temperature)] = rounds(asks, args.streamed_tokens)
-    engine.close()
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=0.5)
-    parser.add_argument("--streamed-gib", type=float, default=1.6)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--streamed-tokens", type=int, default=128)
-    parser.add_argument("--parts", nargs="+", default=["hierspec", *UNION])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    result: dict[str, Any] = {"environments": {}, "union": {}}
-    if args.out.exists():
-        result = json.loads(args.out.read_text())
-    for part in args.parts:
-        result["environments"][part] = environment.describe()
-        if part == "hierspec":
-            result["hierspec"] = hierspec(args)
-        else:
-            result["union"][part] = union(UNION[part], args)
-        environment.write(args.out, result)
+    measured = hierspec(args.gib, args.tokens)
+    environment.write(args.out, {"environment": environment.describe(), **measured})
     return 0
 
 

@@ -29,10 +29,10 @@ def bars(axes: Axes, ways: dict[str, dict[str, Any]], title: str) -> None:
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    ways, cost, union = figure.subplots(1, 3)
-    bars(ways, results["hierspec"]["ways"], "4-bit target")
-    for name, seconds in results["hierspec"]["pass_seconds"].items():
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    ways, cost = figure.subplots(1, 2)
+    bars(ways, results["ways"], "4-bit target")
+    for name, seconds in results["pass_seconds"].items():
         tokens = [int(n) for n in seconds]
         relative = [value / seconds["1"] for value in seconds.values()]
         cost.plot(tokens, relative, marker="o", label=name)
@@ -40,18 +40,6 @@ def draw(results: dict[str, Any], out: Path) -> None:
     cost.set_ylim(bottom=0)
     cost.grid(alpha=0.3)
     cost.legend(fontsize=8)
-    # An engine for each drafter: as multiples of its own plain trees.
-    relative_ways = {
-        f"{name}, {drafter}, T {temperature}": {
-            "tokens_per_second": way["tokens_per_second"] / found["tree"]["tokens_per_second"],
-            "tau": way["tau"],
-        }
-        for drafter, temperatures in results["union"].items()
-        for temperature, found in temperatures.items()
-        for name, way in found.items()
-    }
-    bars(union, relative_ways, "Streamed model")
-    union.set(xlabel="by plain trees (tokens per round)")
     with matplotlib.rc_context({"svg.hashsalt": "hierarchy"}):  # the same figures, the same file
         figure.savefig(out, format="svg", metadata={"Date": None})
 

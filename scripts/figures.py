@@ -42,69 +42,38 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def streamed(results: dict[str, Any]) -> str:
-    """The substitute's own trees and chains (trees.json)."""
+    """Ways of drafting beside each other and beside none (streamed.json)."""
+    ways = [name for name in results["scenario"]["ways"] if name != "off"]
     rows = []
-    for result in results["results"]:
-        greedy = result["greedy"]
-        plain = speed(greedy["plain"])
-        for name in ("chain", "tree"):
-            way = greedy[name]
-            bounds = f"{way['serial_bound']:.1f} / {way['overlapped_bound']:.1f}"
-            rows.append(
-                [
-                    result["dtype"],
-                    str(result["bits"]),
-                    name,
-                    f"{plain:.2f}",
-                    f"{speed(way):.1f}",
-                    f"**{speed(way) / plain:.1f}x**",
-                    f"{way['tau']:.1f}",
-                    bounds,
-                ]
-            )
-    first = results["results"][0]
-    equal, warm, batch = first["equal depth"], first["temperature 0.6"], first["batch of 4"]
-    tau = [equal[name]["tau"] for name in ("tree", "chain")]
-    beam = speed(warm["tree"]) / speed(warm["fixed beam"])
-    chain, tree = (speed(batch[n]) / speed(batch["plain"]) for n in ("chain", "tree"))
-    head = ["model", "substitute bits", "draft", "no speculation, tokens/s", "SubSpec, tokens/s"]
-    return f"""\
-{table([*head, "speed-up", "tokens per round", "bounds, tokens/s"], rows)}
-
-Bounds: tokens per round over streaming plus drafting time / over the longer of the two. With
-{first["dtype"]} and {first["bits"]} bits:
-
-- At equal depth (48, nothing pruned) a tree yields {tau[0]:.1f} tokens per round, a chain \
-{tau[1]:.1f}: {tau[0] / tau[1]:.2f} times.
-- At temperature 0.6 the pruned tree is {beam:.1f} times as fast as a fixed beam of 6 x 48, and a
-  chain as fast as the tree ({speed(warm["chain"]):.1f} and {speed(warm["tree"]):.1f} tokens/s).
-- A batch of 4: {speed(batch["plain"]):.2f} tokens/s without speculation, \
-{speed(batch["chain"]):.1f} with chains ({chain:.1f}x), {speed(batch["tree"]):.1f} with trees \
-({tree:.1f}x):
-  without bfloat16 units, verifying four trees takes longer than streaming the weights.
-- Drafting outside the draft's own forwards takes \
-{100 * first["greedy"]["tree"]["overhead_share"]:.1f}% of a round."""
-
-
-def union(results: dict[str, Any]) -> str:
-    rows = []
-    for temperature, ways in results["union"]["default"].items():
-        speeds = [f"{speed(ways[name]):.1f}" for name in ("hierarchy", "tree", "chain")]
-        gain = speed(ways["hierarchy"]) / speed(ways["tree"])
-        rows.append([temperature, *speeds, f"{gain:.2f}x"])
-    head = ["temperature", "lookups, verified by the substitute", "trees", "chains"]
-    return table([*head, "lookups over trees"], rows)
+    for cell in results["cells"]:
+        plain = speed(cell["ways"]["off"])
+        drafted = [cell["ways"][name] for name in ways]
+        best = max(drafted, key=speed)
+        shown = [f"{speed(way):.1f} ({way['speedup']:.1f}x)" for way in drafted]
+        shown[drafted.index(best)] = f"**{shown[drafted.index(best)]}**"
+        rows.append(
+            [
+                *(f"{cell[key]:g}" for key in ("bits", "batch", "temperature", "depth")),
+                f"{plain:.2f}",
+                *shown,
+                f"{best['tau']:.1f}",
+                f"{best['serial_bound']:.1f} / {best['overlapped_bound']:.1f}",
+            ]
+        )
+    settings = ["bits", "batch", "temperature", "depth"]
+    last = ["tokens per round", "bounds, tokens/s"]
+    return table([*settings, "no speculation, tokens/s", *ways, *last], rows)
 
 
 def hierarchies(results: dict[str, Any]) -> str:
-    ways = results["hierspec"]["ways"]
+    ways = results["ways"]
     rows = [
         [title, f"{speed(ways[name]):.1f}", f"{ways[name]['tau']:.1f}"]
         for name, title in WAYS.items()
     ]
     ratios = {
         name: {n: seconds[n] / seconds["1"] for n in ("8", "24")}
-        for name, seconds in results["hierspec"]["pass_seconds"].items()
+        for name, seconds in results["pass_seconds"].items()
     }
     low, twin = ratios["w4a16"], ratios["bfloat16"]
     return f"""\
@@ -116,22 +85,31 @@ token, over 8 tokens {low["8"]:.1f} times. Unlike on a GPU its bfloat16 twin is 
 as this CPU multiplies bfloat16 slowly."""
 
 
+def command(results: dict[str, Any]) -> str:
+    return f"    {results['environment']['command']}"
+
+
 def render() -> str:
     """The section, marks included."""
-    trees, hierarchy = load("trees"), load("hierarchy")
+    ways, hierarchy = load("streamed"), load("hierarchy")
+    told = ways["scenario"]
     return f"""\
 {BEGIN}
-{streamed(trees)}
+{command(ways)}
 
-![Speed-up and tokens per round by depth](benchmarks/results/trees.svg)
+{streamed(ways)}
 
-These are the substitute's own trees and chains (`"drafter": null`). The default, lookups that it
-verifies, beside them in a fresh engine, 128 tokens per prompt, tokens/s:
+{told["tokens"]} tokens an answer. `chain` and `tree` are grown by the substitute alone; `union`, the
+default, is lookups that it verifies. The last two columns are of the fastest way: its tokens per
+round, and these over streaming plus drafting time / over the longer of the two.
 
-{union(hierarchy)}
+![Tokens per second of each way](benchmarks/results/streamed.svg)
+![Tokens per second by depth](benchmarks/results/streamed-depth.svg)
 
 **A 4-bit target** (0.5 GiB model in W4A16, `pystd-1m` as the small model, greedy, one request, 4
 prompts x 128 tokens; one engine for each way, taking turns):
+
+{command(hierarchy)}
 
 {hierarchies(hierarchy)}
 

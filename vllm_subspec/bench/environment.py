@@ -5,6 +5,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -34,8 +35,12 @@ def describe() -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
+    """As JSON; lists of numbers stand on one line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=1)
+    numbers = r"\[\n([-\d.,e+\s]+)\]"  # no string holds an unescaped line break
+    text = re.sub(numbers, lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n")
 
 
 def command(argv: list[str]) -> str:

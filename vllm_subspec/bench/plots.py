@@ -20,6 +20,8 @@ _COLOURS = {
     "chain": "#3b7dd8",
     "tree": "#2a9d6f",
     "union": "#d9722e",
+    "full chain": "#9ec1f0",
+    "full tree": "#9fd8c0",
     "hierspec": "#d9722e",
 }
 _LANES = {"read weights": "#8a8f98", "draft": "#3b7dd8", "verify": "#2a9d6f", "stalled": "#c8453b"}

@@ -26,11 +26,16 @@ WAYS: dict[str, dict[str, Way]] = {
         "chain": Way(True, {"branching": 1, "hierarchy": False}),
         "tree": Way(True, {"hierarchy": False}),
         "union": Way(True, {}),
+        "full chain": Way(True, {"branching": 1, "hierarchy": False, "pruning": "none"}),
+        "full tree": Way(True, {"hierarchy": False, "pruning": "none"}),
     },
     "hierspec": {OFF: Way(False, {}), "hierspec": Way(True, {})},
 }
 """By method: without speculation; sequences and trees that the substitute grows alone; what it
-makes of a cheaper drafter's guesses, or the intermediate model does."""
+makes of a cheaper drafter's guesses, or the intermediate model does. The full ones never stop
+early."""
+USUAL = {"subspec": (OFF, "chain", "tree", "union"), "hierspec": (OFF, "hierspec")}
+"""The ways that are compared unless others are asked for."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from vllm_subspec.config import METHODS
+
 
 @dataclass
 class Generated:
@@ -30,9 +32,9 @@ class Generated:
     margins: list[float] = field(default_factory=list)
     """Log probability of the best token minus that of the second, with ``logprobs=2``."""
     prefill_seconds: float = 0.0
-    """Until the first step's token."""
+    """Until the first step's token is known."""
     decode_seconds: float = 0.0
-    """From then to the last token."""
+    """From then to the last token. The first draft, which the first step ends with, is in it."""
 
     @property
     def decode_tokens(self) -> int:
@@ -138,7 +140,18 @@ class Session:
                         for position in output.outputs[0].logprobs or []
                     )
                 ]
+        first_draft = self._first_draft_seconds(began)
+        for answer in answers.values():
+            answer.prefill_seconds -= first_draft
+            answer.decode_seconds += first_draft
         return list(answers.values())
+
+    def _first_draft_seconds(self, since: float) -> float:
+        """What drafting took at the end of the first step of answers begun at ``since``."""
+        if self.method not in METHODS:
+            return 0.0
+        records = self.call("round_log", since)["records"]
+        return records[0]["draft_ended"] - records[0]["draft_began"] if records else 0.0
 
 
 def peak_rss() -> int:

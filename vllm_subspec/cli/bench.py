@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_subspec.bench.prompts import load
-from vllm_subspec.bench.scenario import WAYS, Scenario
+from vllm_subspec.bench.scenario import USUAL, WAYS, Scenario
 from vllm_subspec.config import METHODS, SubspecOptions
 from vllm_subspec.weights.quantized_weight import SUPPORTED_BITS
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain-tokens", type=int, default=12, help="of an answer without speculation"
     )
-    parser.add_argument("--ways", nargs="+", help="default: all that the method has")
+    parser.add_argument("--ways", nargs="+", help=f"default: {_list(USUAL[SubspecOptions.METHOD])}")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="requests at once")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
     parser.add_argument("--depth", type=int, nargs="+", help="of the drafts")
@@ -106,7 +106,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     if method != SubspecOptions.METHOD and (args.bits or args.depth):
         raise ValueError(f'--bits and --depth are for method "subspec", not for "{method}"')
     options = {k: v for k, v in args.speculative_config.items() if k != "method"}
-    ways = tuple(args.ways or WAYS[method])
+    ways = tuple(args.ways or USUAL[method])
     for way in ways:
         if way not in WAYS[method]:
             raise ValueError(f"--ways {way}; allowed with method {method}: {_list(WAYS[method])}")

@@ -13,6 +13,7 @@ from vllm_subspec.weights import kernels
 from vllm_subspec.weights.streaming import block_layout, linears_of
 
 _KV_TOKENS = 16384
+_LOGIT_BYTES = 4  # float32
 
 
 def plan_residency(
@@ -42,8 +43,9 @@ def plan_residency(
     heads = 1 if getattr(model.hf_text_config, "tie_word_embeddings", False) else 2
     vocabulary = model.get_vocab_size() // parallel.tensor_parallel_size
     other = heads * vocabulary * model.get_hidden_size() * model.dtype.itemsize
+    workspace = WORKSPACE if device.type == "cuda" else _process_bytes() + _activations(config)
     plan = plan_memory(
-        ModelSizes([streamable] * layers, [substitute] * layers, other, kv, WORKSPACE),
+        ModelSizes([streamable] * layers, [substitute] * layers, other, kv, workspace),
         Budget(_device_bytes(config, device), _kv_tokens(config)),
         resident_weights_gib=options.resident_weights_gib,
         ring_layers=options.ring_layers,
@@ -55,6 +57,24 @@ def plan_residency(
             'raise --gpu-memory-utilization, or set "resident_weights_gib" to stream some layers'
         )
     return plan
+
+
+def _process_bytes() -> int:
+    """What this process holds before the model is there: the interpreter and its libraries."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _activations(config: VllmConfig) -> int:
+    """Of the largest pass, on the CPU: a layer's, and what is sampled from."""
+    text, model = config.model_config.hf_text_config, config.model_config
+    tokens = config.scheduler_config.max_num_batched_tokens
+    widest = max(getattr(text, "intermediate_size", 0) or 0, model.get_hidden_size())
+    layer = tokens * (4 * model.get_hidden_size() + 3 * widest) * model.dtype.itemsize
+    sampled = config.scheduler_config.max_num_seqs
+    if config.speculative_config is not None:
+        sampled *= 1 + config.speculative_config.num_speculative_tokens
+    rows = min(sampled, tokens)
+    return layer + 2 * rows * model.get_vocab_size() * _LOGIT_BYTES
 
 
 def _kv_tokens(config: VllmConfig) -> int:

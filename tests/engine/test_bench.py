@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""`vllm-subspec bench` on the real engine, and the plan of its memory beside what it took."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.upscale import Recipe, load_config, pick_shape, upscale
+from tests.engine.helpers import MODEL
+from vllm_subspec.cli.main import main
+
+GIB = 0.4  # enough that what is planned is no rounding error beside the interpreter
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large") / "model"
+    width, layers = pick_shape(load_config(Path(MODEL)), GIB, "bfloat16")
+    upscale(Path(MODEL), folder, Recipe("pystd-6m", width, layers, 2.5, 0, "bfloat16"))
+    return folder
+
+
+def test_ways_take_turns(large: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, timed = tmp_path / "bench.json", tmp_path / "trace.json"
+    options = {"resident_weights_gib": 0, "store_dir": str(tmp_path / "stores")}
+    engine = {"kv_cache_memory_bytes": 16 << 20, "max_model_len": 512}
+    arguments = [
+        *("--prompts", "python", "--requests", "2", "--tokens", "32", "--plain-tokens", "8"),
+        *("--batch", "1", "2", "--ways", "off", "tree", "union"),
+        *("--speculative-config", json.dumps(options), "--engine", json.dumps(engine)),
+        *("--out", str(out), "--trace", str(timed)),
+    ]
+    assert main(["bench", str(large), *arguments]) == 0
+    told = capfd.readouterr().out
+    result = json.loads(out.read_text())
+    assert [(c["batch"], list(c["ways"])) for c in result["cells"]] == [
+        (1, ["off", "tree", "union"]),
+        (2, ["off", "tree", "union"]),
+    ]
+    for cell in result["cells"]:
+        for name, way in cell["ways"].items():
+            wanted = 8 if name == "off" else 32
+            assert [len(request["tokens"]) for request in way["requests"]] == [wanted] * 2
+            totals = way["log"]["totals"]
+            assert (totals["rounds"] > 0) == (name != "off")
+            if name == "off":
+                continue
+            # All but the first token of an answer, which no round emits, were counted.
+            assert totals["emitted_tokens"] <= 2 * (wanted - 1)
+            assert way["tau"] > 2
+            assert way["speedup"] > 1
+            assert way["log"]["by_depth"]["tested"][1] >= totals["request_rounds"]
+            assert (
+                totals["streamed_bytes"]
+                == totals["rounds"] * result["engines"][0]["plan"]["store_bytes"]
+            )
+            assert way["timeline"]["loads"]
+            for apart in way["differences"]:  # bfloat16
+                assert apart["margin"] < 0.2
+            assert f"{way['tokens_per_second']:.2f} tokens/s" in told
+    assert out.with_suffix(".html").read_text().count("<svg") > 5
+    assert len(json.loads(timed.read_text())["traceEvents"]) > 50
+    assert not re.search(r"Traceback", told)
+
+    (planned,) = result["engines"]
+    assert planned["peak_bytes"] == pytest.approx(planned["plan"]["total"], rel=0.05)
