@@ -99,9 +99,9 @@ def render() -> str:
 
 {streamed(ways)}
 
-{told["tokens"]} tokens an answer. `chain` and `tree` are grown by the substitute alone; `union`, the
-default, is lookups that it verifies. The last two columns are of the fastest way: its tokens per
-round, and these over streaming plus drafting time / over the longer of the two.
+{told["tokens"]} tokens an answer. `chain` and `tree` are grown by the substitute alone; with
+`union`, the default, it verifies lookups. The last two columns are of the fastest way: its tokens
+per round, and these over streaming plus drafting time / over the longer of the two.
 
 ![Tokens per second of each way](benchmarks/results/streamed.svg)
 ![Tokens per second by depth](benchmarks/results/streamed-depth.svg)
