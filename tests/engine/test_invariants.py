@@ -224,9 +224,9 @@ class Checked:
 
     def _checker(self, layer: Any) -> Any:
         def check(*args: Any) -> None:
-            for name, linear in layer.linears.items():
+            for name, _, weight in layer.parameters():
                 self.comparisons += 1
-                if not torch.equal(linear.weight, self._expected[f"{layer.index}.{name}"]):
+                if not torch.equal(weight, self._expected[f"{layer.index}.{name}"]):
                     self.wrong.append(f"{layer.index}.{name}")
 
         return check

@@ -36,6 +36,11 @@ def check(
 ) -> None:
     """Raises ValueError, in one sentence, if a drafting model cannot draft for ``target``."""
     base = target
+    if isinstance(options, SubspecOptions) and options.substitute is not None and target.is_moe:
+        raise ValueError(
+            'speculative_config key "substitute" is not read for mixture-of-experts models: remove '
+            "it, and substitutes are quantized while the model loads"
+        )
     if isinstance(options, HierspecOptions) and options.intermediate is not None:
         base = _readable("intermediate", options.intermediate, "draft_model", target, parallel)
         _check_vocabulary("intermediate", base, target)

@@ -12,7 +12,7 @@ layers, and their substitutes are quantized from the store.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -21,13 +21,15 @@ from torch import nn
 from tqdm import tqdm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import MemoryPlan, choose_tier
 from vllm_subspec.engine.fingerprint import fingerprint, store_name
 from vllm_subspec.engine.residency import plan_residency
-from vllm_subspec.weights.kernels import SubstituteKernel
 from vllm_subspec.weights.ring import (
     BlockSource,
     CudaTransfer,
@@ -43,13 +45,10 @@ from vllm_subspec.weights.store import (
     aligned_buffer,
     open_or_create,
 )
-from vllm_subspec.weights.streaming import (
-    RING_CONTEXT,
-    StreamedLayer,
-    StreamingOffloader,
-    linears_of,
-)
+from vllm_subspec.weights.streamable import Streamable, streamables_of
+from vllm_subspec.weights.streaming import RING_CONTEXT, StreamedLayer, StreamingOffloader
 from vllm_subspec.weights.substitute import build_draft
+from vllm_subspec.weights.substitute_experts import Substitute
 from vllm_subspec.weights.substitute_source import SubstituteSource
 
 logger = init_logger(__name__)
@@ -73,7 +72,7 @@ class Loading:
         self._rank = rank
         self._device = device
         self.offloader = StreamingOffloader(self._choose, self._absorb, self._begin)
-        self.substitutes: dict[nn.Module, SubstituteKernel] = {}
+        self.substitutes: dict[nn.Module, Substitute] = {}
         self.plan: MemoryPlan
         self.store_path: str | None = None
         self.store_reused = False
@@ -82,13 +81,13 @@ class Loading:
         self._store: WeightStore | None = None
         self._writer: StoreWriter | None = None
         self._host_blocks: dict[int, torch.Tensor] = {}
-        self._resident_substituted: set[nn.Module] = set()
+        self._resident_substituted: dict[nn.Module, Streamable] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """While vLLM loads the target."""
         self._progress = tqdm(
-            desc="Quantizing substitutes", unit="linear", disable=self._rank != 0, leave=True
+            desc="Quantizing substitutes", unit="module", disable=self._rank != 0, leave=True
         )
         try:
             with _before_packing(self._substitute_resident):
@@ -101,6 +100,12 @@ class Loading:
             self._progress.close()
 
     def build_draft(self, target: nn.Module) -> nn.Module:
+        """Raises ValueError if vLLM did not show the layers of this model to the offloader."""
+        if not self.offloader.layers:
+            raise ValueError(
+                'method "subspec" streams decoder layers that vLLM can offload, and finds none in '
+                f"{type(target).__name__}: use another model"
+            )
         self._finish_store()
         return build_draft(target, self.substitutes)
 
@@ -112,9 +117,10 @@ class Loading:
     def _begin(self, streamed: list[StreamedLayer]) -> bool:
         chosen = set(self.plan.substituted) - set(self.plan.streamed)
         for index in chosen:
-            self._resident_substituted.update(linears_of(self.offloader.layers[index]).values())
+            parts = streamables_of(self.offloader.layers[index])
+            self._resident_substituted.update((part.module, part) for part in parts.values())
         self._progress.total = len(self._resident_substituted) + sum(
-            len(layer.linears) for layer in streamed
+            len(layer.parts) for layer in streamed
         )
         if not streamed:
             return False
@@ -136,8 +142,7 @@ class Loading:
         return False
 
     def _identity(self) -> dict[str, str | int]:
-        transposed = self.offloader.streamed[0].transposed
-        order = "in, out" if transposed else "out, in"
+        order = self.offloader.streamed[0].order
         return {**fingerprint(self._config, self._rank), "order": order}
 
     def _tier(self) -> str:
@@ -149,28 +154,25 @@ class Loading:
         return choose_tier(self.plan.store_bytes, available, self._device.type == "cpu")
 
     def _absorb(self, layer: StreamedLayer) -> None:
-        self._substitute(layer, layer.loaded())
+        self._substitute(layer.loaded())
+        kept = layer.kept()
         if self._writer is not None:
-            stored = {name: layer.stored(name) for name in layer.linears}
-            self._writer.write_block(layer.block, stored)
+            self._writer.write_block(layer.block, kept)
         else:
             block = _host_block(layer.layout, self._device)
             for name, view in layer.layout.views(block).items():
-                view.copy_(layer.stored(name))
+                view.copy_(kept[name])
             self._host_blocks[layer.block] = block
 
-    def _substitute(self, layer: StreamedLayer, tensors: dict[str, torch.Tensor]) -> None:
-        for name, linear in layer.linears.items():
-            self._add(linear, tensors[name])
+    def _substitute_resident(self, module: nn.Module) -> None:
+        part = self._resident_substituted.get(module)
+        if part is not None and module not in self.substitutes:
+            self._substitute({part: [parameter.data for parameter in part.parameters]})
 
-    def _substitute_resident(self, linear: nn.Module) -> None:
-        if linear in self._resident_substituted and linear not in self.substitutes:
-            assert isinstance(linear, LinearBase)
-            self._add(linear, linear.weight.data)
-
-    def _add(self, linear: LinearBase, weight: torch.Tensor) -> None:
-        self.substitutes[linear] = self._source.substitute(linear, weight)
-        self._progress.update()
+    def _substitute(self, weights: Mapping[Streamable, list[torch.Tensor]]) -> None:
+        for part, tensors in weights.items():
+            self.substitutes[part.module] = self._source.substitute(part.module, tensors)
+            self._progress.update()
 
     def _finish_store(self) -> None:
         """Everything is loaded: make the store final and start streaming from it."""
@@ -213,29 +215,30 @@ class Loading:
         try:
             for layer in streamed:
                 reader.read(layer.block, buffer)
-                self._substitute(layer, layer.weights_in(buffer))
+                self._substitute(layer.originals(buffer))
         finally:
             reader.close()
 
 
 @contextlib.contextmanager
 def _before_packing(offer: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Show ``offer`` every unquantized linear when it is loaded, before vLLM packs its weight.
+    """Show ``offer`` every unquantized linear and all experts when they are loaded, before vLLM
+    packs their weights.
 
     On the CPU packing frees the plain weight, so this is the last moment to see it.
     """
-    original = UnquantizedLinearMethod.process_weights_after_loading
+    methods: tuple[Any, ...] = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
+    with contextlib.ExitStack() as stack:
+        for method in methods:
+            original = method.process_weights_after_loading
 
-    @functools.wraps(original)
-    def process(self: Any, layer: nn.Module) -> None:
-        offer(layer)
-        original(self, layer)
+            def process(self: Any, layer: nn.Module, original: Any = original) -> None:
+                offer(layer)
+                original(self, layer)
 
-    UnquantizedLinearMethod.process_weights_after_loading = process
-    try:
+            method.process_weights_after_loading = functools.wraps(original)(process)
+            stack.callback(setattr, method, "process_weights_after_loading", original)
         yield
-    finally:
-        UnquantizedLinearMethod.process_weights_after_loading = original
 
 
 def _slot(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ def check(
     """Raises ValueError with the first reason why this engine cannot run ``method``."""
     reasons = [*_reasons(args, model_config, parallel_config)]
     if method == "subspec":
-        reasons += _streaming_reasons(args, model_config)
+        reasons += _streaming_reasons(args, model_config, parallel_config)
     for wrong, reason in reasons:
         if wrong:
             raise ValueError(f'method "{method}" {reason}')
@@ -94,7 +94,9 @@ def _reasons(
     )
 
 
-def _streaming_reasons(args: EngineArgs, model: ModelConfig) -> Iterator[tuple[bool, str]]:
+def _streaming_reasons(
+    args: EngineArgs, model: ModelConfig, parallel: ParallelConfig
+) -> Iterator[tuple[bool, str]]:
     yield (
         bool(args.cpu_offload_gb) or bool(args.offload_group_size),
         "streams weights itself: remove --cpu-offload-gb and --offload-group-size and set "
@@ -106,6 +108,11 @@ def _streaming_reasons(args: EngineArgs, model: ModelConfig) -> Iterator[tuple[b
         "the full-precision model",
     )
     yield (
-        model.is_moe,
-        "does not stream mixture-of-experts layers yet: use a dense model",
+        model.using_transformers_backend(),
+        f"streams models that vLLM implements itself, but it runs {model.architecture} through "
+        "Transformers: use another model, and remove --model-impl if it is given",
+    )
+    yield (
+        parallel.enable_expert_parallel,
+        "streams a share of every expert to every rank: remove --enable-expert-parallel",
     )

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Sizes of this rank's share of the model, and the memory plan made from them."""
 
+from math import prod
+
 import psutil
 import torch
 from torch import nn
@@ -10,7 +12,8 @@ from vllm.config import VllmConfig
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import WORKSPACE, Budget, MemoryPlan, ModelSizes, plan_memory
 from vllm_subspec.weights import kernels
-from vllm_subspec.weights.streaming import block_layout, linears_of
+from vllm_subspec.weights.streamable import streamables_of
+from vllm_subspec.weights.streaming import block_layout
 
 _KV_TOKENS = 16384
 _LOGIT_BYTES = 4  # float32
@@ -21,22 +24,25 @@ def plan_residency(
 ) -> MemoryPlan:
     """Which layers stay and which are streamed, from the first decoder layer as built.
 
-    Raises ValueError when no plan fits or the layers hold most of their weight outside linears.
+    Raises ValueError when no plan fits or the layers hold most of their weight outside linears
+    and experts.
     """
     model, parallel = config.model_config, config.parallel_config
-    linears = linears_of(first_layer)
-    streamable = block_layout("layer", linears, transposed=False).nbytes if linears else 0
+    parts = streamables_of(first_layer)
+    streamable = block_layout("layer", parts).nbytes if parts else 0
     whole = sum(p.numel() * p.element_size() for p in first_layer.parameters())
     if streamable < 0.9 * whole:
         raise ValueError(
-            f'method "subspec" streams unquantized linear layers, but they are only '
+            f'method "subspec" streams unquantized linear layers and experts, but they are only '
             f"{streamable} of the {whole} bytes of a decoder layer of this model: "
             "use another model"
         )
     layers = model.get_num_layers(parallel)
     substitute = sum(
-        kernels.estimate_nbytes(options.bits, options.group_size, device, *linear.weight.shape)
-        for linear in linears.values()
+        prod(stack)
+        * kernels.estimate_nbytes(options.bits, options.group_size, device, rows, columns)
+        for part in parts.values()
+        for *stack, rows, columns in (parameter.shape for parameter in part.parameters)
     )
     kv_heads = model.get_num_kv_heads(parallel)
     kv = 2 * kv_heads * model.get_head_size() * model.dtype.itemsize * layers

@@ -19,6 +19,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     ),
     "vllm.config:VllmConfig.num_lookahead_tokens": None,
     "vllm.config:VllmConfig.additional_config": None,
+    "vllm.config:ModelConfig.using_transformers_backend": (),
     "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": ("vllm_config",),
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": (),
     "vllm.v1.worker.gpu_worker:Worker.init_device": (),
@@ -180,6 +181,34 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading": (
         "layer",
     ),
+    "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts": ("moe_config",),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._forward_impl": (
+        "hidden_states",
+        "router_logits",
+        "shared_experts_input",
+        "input_ids",
+    ),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._select_forward": (),
+    "vllm.model_executor.layers.fused_moe.runner.shared_experts:SharedExperts": (
+        "mk_can_overlap_shared_experts",
+    ),
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase.apply": (
+        "layer",
+        "x",
+        "topk_weights",
+        "topk_ids",
+        "shared_experts",
+        "shared_experts_input",
+    ),
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
+    "UnquantizedFusedMoEMethod._init_moe_kernel": ("layer",),
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.isa": None,
+    "vllm.model_executor.layers.fused_moe.activation:apply_moe_activation": (
+        "activation",
+        "output",
+        "input",
+    ),
+    "vllm._custom_ops:cpu_prepack_moe_weight": ("weight", "isa"),
     "vllm.model_executor.model_loader.reload.meta:CopyCounter": None,
     "vllm.utils.torch_utils:direct_register_custom_op": ("op_name", "op_func", "mutates_args"),
     "vllm.utils.cpu_triton_utils:_expand_kernel_impl": (

@@ -3,29 +3,28 @@
 """The offloader: takes streamed layers out of device memory and brings them back through the ring.
 
 vLLM asks its offloader to wrap the decoder layers as they are built. Those that are to be streamed
-get linears whose weight has no memory of its own: while the checkpoint loads it lies in (lazily
-committed) host memory, as soon as a layer is complete it is handed to an `Absorb` callback that
-keeps it somewhere (`engine.loading`), and from then on it is a view into a ring slot.
+get modules whose weights have no memory of their own: while the checkpoint loads they lie in
+(lazily committed) host memory, as soon as a layer is complete it is handed to an `Absorb` callback
+that keeps it somewhere (`engine.loading`), and from then on they are views into a ring slot.
 
 Around the forward of each streamed layer two operators wait for its block and release it. They are
 custom operators that declare the hidden state as changed, so that a compiler keeps them in place.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader.reload.meta import CopyCounter
 from vllm.model_executor.offloader.base import BaseOffloader
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_subspec.weights.plain_linear import plain_linear, stores_transposed
 from vllm_subspec.weights.ring import Ring
 from vllm_subspec.weights.store import BlockLayout, TensorSpec
+from vllm_subspec.weights.streamable import Streamable, streamables_of
 
 RING_CONTEXT = "vllm_subspec.ring"
 """Key of the engine's ring in vLLM's static forward context, through which the operators find it.
@@ -38,87 +37,79 @@ artefact may be loaded from a cache that another engine wrote.
 RING_OPERATORS = ("vllm::subspec_wait_block", "vllm::subspec_release_block")
 
 
-class StreamedLinearMethod(UnquantizedLinearMethod):
-    """An unquantized linear whose weight is a plain tensor in a ring slot.
-
-    vLLM's own method would pack the weight into memory that the kernel owns, which cannot be
-    re-filled.
-    """
-
-    # The weight is in host memory while it loads, and is not to be moved to a GPU and back.
-    requires_device_loading = False
-
-    def __init__(self, on_loaded: Callable[[], None]) -> None:
-        super().__init__()
-        self._on_loaded = on_loaded
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self._on_loaded()
-
-    def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        return plain_linear(x, weight, bias)
-
-
 @dataclass
 class StreamedLayer:
-    """One decoder layer whose linear weights go through the ring as one block."""
+    """One decoder layer whose weights go through the ring as one block.
+
+    A weight's name is that of its module within the layer; of experts, which have two, followed by
+    the parameter's.
+    """
 
     index: int
     """Position among the model's decoder layers."""
     block: int
     """Position among the streamed layers."""
     module: nn.Module
-    linears: dict[str, LinearBase]
+    parts: dict[str, Streamable]
     """By name within the layer."""
     layout: BlockLayout
-    transposed: bool
-    """Whether the block holds the weights as [in, out]."""
     absorbed: bool = False
     missing_numel: dict[str, int] = field(default_factory=dict)
-    """Elements that the checkpoint has not yet delivered, by linear."""
+    """Elements that the checkpoint has not yet delivered, by weight."""
 
-    def loaded(self) -> dict[str, torch.Tensor]:
-        """The full-precision weights, ``[out, in]`` each, by linear; valid until absorbed."""
-        return {name: linear.weight.data for name, linear in self.linears.items()}
+    @property
+    def order(self) -> str:
+        """In which the weights are kept."""
+        return "; ".join(sorted({part.order for part in self.parts.values()}))
 
-    def weights_in(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views of a block as weights, ``[out, in]`` each."""
+    def parameters(self) -> Iterator[tuple[str, Streamable, Any]]:
+        """Of every weight its name, its module's part and its parameter."""
+        return _parameters(self.parts)
+
+    def loaded(self) -> dict[Streamable, list[torch.Tensor]]:
+        """The weights in the checkpoint's order; valid until absorbed."""
+        return {part: [p.data for p in part.parameters] for part in self.parts.values()}
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The loaded weights in the order in which the block holds them."""
+        return {name: part.kept(parameter.data) for name, part, parameter in self.parameters()}
+
+    def originals(self, block: torch.Tensor) -> dict[Streamable, list[torch.Tensor]]:
+        """The weights that a block holds, in the checkpoint's order."""
         views = self.layout.views(block)
-        return {name: view.t() for name, view in views.items()} if self.transposed else views
-
-    def stored(self, name: str) -> torch.Tensor:
-        """The loaded weight ``name`` in the order in which the block holds it."""
-        weight = self.linears[name].weight.data
-        return weight.t() if self.transposed else weight
+        found: dict[Streamable, list[torch.Tensor]] = {}
+        for name, part, _ in self.parameters():
+            found.setdefault(part, []).append(part.original(views[name]))
+        return found
 
     def point_at(self, slot: torch.Tensor) -> None:
         """Make every weight a view into ``slot``."""
-        for name, view in self.weights_in(slot).items():
-            self.linears[name].weight.data = view
+        views = self.layout.views(slot)
+        for name, part, parameter in self.parameters():
+            parameter.data = part.computed_from(views[name])
 
 
 Absorb = Callable[[StreamedLayer], None]
 
 
-def linears_of(layer: nn.Module) -> dict[str, LinearBase]:
-    """The linears of a decoder layer that hold an unquantized weight, by name within it."""
-    return {
-        name: module
-        for name, module in layer.named_modules()
-        if isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod
-    }
+def block_layout(name: str, parts: Mapping[str, Streamable]) -> BlockLayout:
+    """Of a layer's weights as they are kept."""
+    return BlockLayout(
+        name,
+        tuple(
+            TensorSpec(key, part.kept_shape(parameter), parameter.dtype)
+            for key, part, parameter in _parameters(parts)
+        ),
+    )
 
 
-def block_layout(name: str, linears: dict[str, LinearBase], transposed: bool) -> BlockLayout:
-    def spec(key: str, weight: torch.Tensor) -> TensorSpec:
-        shape = weight.t().shape if transposed else weight.shape
-        return TensorSpec(key, tuple(shape), weight.dtype)
-
-    return BlockLayout(name, tuple(spec(key, x.weight) for key, x in linears.items()))
+def _parameters(
+    parts: Mapping[str, Streamable],
+) -> Iterator[tuple[str, Streamable, nn.Parameter]]:
+    for key, part in parts.items():
+        for name in part.names:
+            whole = key if len(part.names) == 1 else f"{key}.{name}"
+            yield whole, part, part.parameter(name)
 
 
 class StreamingOffloader(BaseOffloader):
@@ -151,12 +142,21 @@ class StreamingOffloader(BaseOffloader):
         if self.layers:
             raise ValueError("subspec cannot stream a model with more than one stack of layers")
         chosen: set[int] = set()
+        planned = 0
         for index, module in enumerate(modules_generator):
+            parts = streamables_of(module)
+            nbytes = block_layout(f"layers.{index}", parts).nbytes if parts else 0
             if index == 0:
-                chosen = set(self._choose_streamed(module))
+                chosen, planned = set(self._choose_streamed(module)), nbytes
+            if nbytes != planned:
+                raise ValueError(
+                    f'method "subspec" streams models whose decoder layers are alike, but layer '
+                    f"{index} has {nbytes} bytes of weights to stream and layer 0 {planned}: use "
+                    "another model"
+                )
             self.layers.append(module)
             if index in chosen:
-                self._take_out(index, module)
+                self._take_out(index, module, parts)
         if self._begin(self.streamed):
             for layer in self.streamed:
                 self._drop_loads(layer)
@@ -176,13 +176,10 @@ class StreamingOffloader(BaseOffloader):
             layer.module.register_forward_pre_hook(_waiter(layer.block), with_kwargs=True)
             layer.module.register_forward_hook(_releaser(layer.block))
 
-    def _take_out(self, index: int, module: nn.Module) -> None:
-        linears = linears_of(module)
-        weight = next(iter(linears.values())).weight
-        transposed = stores_transposed(weight.device, weight.dtype)
-        layout = block_layout(f"layers.{index}", linears, transposed)
-        layer = StreamedLayer(index, len(self.streamed), module, linears, layout, transposed)
-        waiting = set(linears)
+    def _take_out(self, index: int, module: nn.Module, parts: dict[str, Streamable]) -> None:
+        layout = block_layout(f"layers.{index}", parts)
+        layer = StreamedLayer(index, len(self.streamed), module, parts, layout)
+        waiting = set(parts)
 
         def loaded(name: str) -> Callable[[], None]:
             def mark() -> None:
@@ -194,10 +191,11 @@ class StreamingOffloader(BaseOffloader):
 
             return mark
 
-        for name, linear in linears.items():
-            linear.quant_method = StreamedLinearMethod(loaded(name))
-            if linear.weight.device.type != "cpu":
-                linear.weight.data = torch.empty_like(linear.weight, device="cpu")
+        for name, part in parts.items():
+            part.stream(loaded(name))
+            for parameter in part.parameters:
+                if parameter.device.type != "cpu":
+                    parameter.data = torch.empty_like(parameter, device="cpu")
         self.streamed.append(layer)
 
     def _complete(self, layer: StreamedLayer) -> None:
@@ -205,8 +203,8 @@ class StreamingOffloader(BaseOffloader):
             return
         layer.absorbed = True
         self._absorb(layer)
-        for linear in layer.linears.values():
-            linear.weight.data = linear.weight.data.new_empty(0)
+        for _, _, parameter in layer.parameters():
+            parameter.data = parameter.data.new_empty(0)
 
     def _count_loads(self, layer: StreamedLayer) -> None:
         """Notice when the checkpoint has delivered every element of the layer's weights."""
@@ -223,14 +221,14 @@ class StreamingOffloader(BaseOffloader):
 
             return counted
 
-        for name, linear in layer.linears.items():
-            layer.missing_numel[name] = linear.weight.numel()
-            linear.weight.weight_loader = counting(name, linear.weight.weight_loader)
+        for name, _, parameter in layer.parameters():
+            layer.missing_numel[name] = parameter.numel()
+            parameter.weight_loader = counting(name, parameter.weight_loader)
 
     def _drop_loads(self, layer: StreamedLayer) -> None:
         layer.absorbed = True
-        for linear in layer.linears.values():
-            linear.weight.weight_loader = lambda *args, **kwargs: None
+        for _, _, parameter in layer.parameters():
+            parameter.weight_loader = lambda *args, **kwargs: True
 
 
 def _waiter(block: int) -> Callable[..., None]:

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""The draft: the target's module tree with low-bit substitutes in place of some linears.
+"""The draft: the target's module tree with low-bit substitutes in place of some linears and
+experts.
 
-Only the containers on the way to a replaced linear are copied, shallowly; everything else (every
+Only the containers on the way to a replaced module are copied, shallowly; everything else (every
 Attention object and with it the KV pages, norms, rotary tables, embeddings, the head, resident
 layers) is the target's own object. Nothing of the target changes, and dropping the draft is enough
 to undo it.
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase
 
 from vllm_subspec.weights.fused_norm import FusedRMSNorm
 from vllm_subspec.weights.kernels import SubstituteKernel
+from vllm_subspec.weights.substitute_experts import (
+    Substitute,
+    SubstituteExperts,
+    detach,
+    stand_in,
+)
 
 
 class SubstituteLinearMethod(LinearMethodBase):
@@ -38,43 +44,62 @@ class SubstituteLinearMethod(LinearMethodBase):
         return self.kernel(rows, bias).view(*x.shape[:-1], -1)
 
 
-def build_draft(target: nn.Module, substitutes: Mapping[nn.Module, SubstituteKernel]) -> nn.Module:
-    """The target's tree with ``substitutes``, a kernel for each replaced linear of the target."""
+def build_draft(target: nn.Module, substitutes: Mapping[nn.Module, Substitute]) -> nn.Module:
+    """The target's tree with ``substitutes``, by the linear or experts that they stand in for."""
     if not substitutes:
         raise ValueError("a draft without substitutes would be the target itself")
-    draft, replaced = _clone(target, substitutes)
-    if replaced != len(substitutes):
+    made: dict[nn.Module, nn.Module] = {}
+    draft = _clone(target, substitutes, made)
+    if strange := substitutes.keys() - made.keys():
         raise ValueError(
-            f"{len(substitutes) - replaced} of {len(substitutes)} substitutes belong to no linear "
-            "of this model"
+            f"{len(strange)} of {len(substitutes)} substitutes belong to no module of this model"
         )
     return draft
 
 
 def _clone(
-    module: nn.Module, substitutes: Mapping[nn.Module, SubstituteKernel]
-) -> tuple[nn.Module, int]:
-    """``module`` itself if nothing below it is replaced, else a copy; and how many are."""
+    module: nn.Module,
+    substitutes: Mapping[nn.Module, Substitute],
+    made: dict[nn.Module, nn.Module],
+) -> nn.Module:
+    """``module`` itself if nothing below it is replaced, else a copy.
+
+    Args:
+        made: what each module has become; a module may have several parents.
+    """
+    if module not in made:
+        made[module] = _cloned(module, substitutes, made)
+    return made[module]
+
+
+def _cloned(
+    module: nn.Module,
+    substitutes: Mapping[nn.Module, Substitute],
+    made: dict[nn.Module, nn.Module],
+) -> nn.Module:
     if module in substitutes:
-        return _substitute(cast(LinearBase, module), substitutes[module]), 1
+        return _substitute(module, substitutes[module])
     children = {
-        name: _clone(child, substitutes)
+        name: _clone(child, substitutes, made)
         for name, child in module._modules.items()
         if child is not None
     }
-    replaced = sum(count for _, count in children.values())
-    if not replaced:
-        return module, 0
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
     copy = _shallow(module)
-    for name, (child, _) in children.items():
+    for name, child in children.items():
         copy._modules[name] = FusedRMSNorm(child) if FusedRMSNorm.replaces(child) else child
-    return copy, replaced
+    detach(copy)
+    return copy
 
 
-def _substitute(linear: LinearBase, kernel: SubstituteKernel) -> nn.Module:
-    copy = cast(LinearBase, _shallow(linear))
-    copy._parameters.pop("weight")
-    copy.quant_method = SubstituteLinearMethod(kernel)
+def _substitute(module: nn.Module, substitute: Substitute) -> nn.Module:
+    copy = _shallow(module)
+    if isinstance(substitute, SubstituteExperts):
+        stand_in(copy, substitute)
+    else:
+        copy._parameters.pop("weight")
+        copy.quant_method = SubstituteLinearMethod(substitute)
     return copy
 
 

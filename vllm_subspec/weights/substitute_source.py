@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Where substitutes come from: quantized while the target loads, or a low-bit checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -21,6 +23,7 @@ from vllm_subspec.weights.checkpoint import SubstituteCheckpoint
 from vllm_subspec.weights.kernels import SubstituteKernel
 from vllm_subspec.weights.quantize import quantize
 from vllm_subspec.weights.quantized_weight import QuantizedWeight
+from vllm_subspec.weights.substitute_experts import Substitute, SubstituteExperts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,7 +38,7 @@ _FUSED = {
 
 
 class SubstituteSource:
-    """Makes the substitute of a linear, for this rank's shard of it.
+    """Makes the substitute of a linear or of experts, for this rank's shard of them.
 
     Args:
         rank: tensor-parallel rank.
@@ -58,24 +61,39 @@ class SubstituteSource:
             target: PretrainedConfig = config.model_config.hf_text_config
             self._checkpoint.check_matches(target.to_dict())
 
-    def substitute(self, linear: LinearBase, weight: torch.Tensor) -> SubstituteKernel:
-        """The kernel that stands in for ``linear``, whose full weight is ``weight`` [out, in]."""
+    def substitute(self, module: nn.Module, weights: Sequence[torch.Tensor]) -> Substitute:
+        """What stands in for ``module``.
+
+        Args:
+            weights: full ones: a linear's [out, in], or those of experts, [experts, out, in] each.
+        """
+        if isinstance(module, LinearBase):
+            return self._linear(module, weights[0])
+        gate_up, down = weights
+        return SubstituteExperts(
+            [self._quantized(weight) for weight in gate_up],
+            [self._quantized(weight) for weight in down],
+        )
+
+    def _quantized(self, weight: torch.Tensor) -> SubstituteKernel:
+        kernel, fmt = kernels.choose(
+            self._options.bits, self._options.group_size, self._device, self._dtype
+        )
+        quantizer = self._options.quantizer or ("hqq" if self._options.bits < 8 else "rtn")
+        return kernel(quantize(weight.to(self._device), fmt, quantizer), self._dtype)
+
+    def _linear(self, linear: LinearBase, weight: torch.Tensor) -> SubstituteKernel:
         if self._checkpoint is None:
-            kernel, fmt = kernels.choose(
-                self._options.bits, self._options.group_size, self._device, self._dtype
+            return self._quantized(weight)
+        coded = self._load(linear)
+        kernel, _ = kernels.choose(
+            coded.format.bits, coded.format.group_size, self._device, self._dtype
+        )
+        if tuple(coded.codes.shape) != tuple(weight.shape):
+            raise ValueError(
+                f'"substitute": {linear.prefix} has shape {tuple(coded.codes.shape)} there, '
+                f"but {tuple(weight.shape)} in the model"
             )
-            quantizer = self._options.quantizer or ("hqq" if self._options.bits < 8 else "rtn")
-            coded = quantize(weight.to(self._device), fmt, quantizer)
-        else:
-            coded = self._load(linear)
-            kernel, _ = kernels.choose(
-                coded.format.bits, coded.format.group_size, self._device, self._dtype
-            )
-            if tuple(coded.codes.shape) != tuple(weight.shape):
-                raise ValueError(
-                    f'"substitute": {linear.prefix} has shape {tuple(coded.codes.shape)} there, '
-                    f"but {tuple(weight.shape)} in the model"
-                )
         return kernel(coded, self._dtype)
 
     def _load(self, linear: LinearBase) -> QuantizedWeight:
