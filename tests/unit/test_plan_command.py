@@ -77,7 +77,14 @@ def test_experts(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "--device-memory", "24GiB", model=str(CONFIGS / "qwen3-30b-a3b"))
     assert found["expected"]["step_seconds"] < 0.02
     assert found["expected"]["stream_seconds"] > 2
-    assert "not served yet" in found["notes"][0]
+    assert not found["notes"]
+
+
+def test_layers_of_several_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "qwen3-30b-a3b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "mlp_only_layers": [0]}))
+    found = planned(capsys, "--device-memory", "24GiB", model=str(tmp_path))
+    assert "several sizes" in found["notes"][0]
 
 
 def test_models_that_are_not_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ def make_plan(args: argparse.Namespace) -> Planned:
 
 
 def _notes(shape: ModelShape, plan: MemoryPlan) -> Iterator[str]:
-    if shape.experts_used:
-        yield "mixture-of-experts models are not served yet: the engine will refuse this one"
+    if len({sum(part.size for part in layer) for layer in shape.layers}) > 1:
+        yield "decoder layers of several sizes are not served: the engine will refuse this model"
     if not plan.streamed:
         yield "nothing has to be streamed: the model fits without"
 
