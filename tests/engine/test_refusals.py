@@ -107,6 +107,10 @@ MOE = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+GEMMA2 = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+# vLLM has no class of its own for it.
+PHI = {"architectures": ["PhiForCausalLM"], "model_type": "phi"}
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -163,9 +167,11 @@ MULTIMODAL = {
 @pytest.mark.parametrize(
     ("config", "names"),
     [
-        pytest.param(MOE, "mixture-of-experts", id="moe"),
         pytest.param(MLA, "multi-head latent attention", id="mla"),
         pytest.param(SLIDING, "--disable-sliding-window", id="sliding"),
+        pytest.param(GEMMA2, "sliding-window", id="gemma2"),
+        pytest.param(GEMMA3, "sliding-window", id="gemma3"),
+        pytest.param(PHI, "runs PhiForCausalLM through Transformers", id="phi"),
         pytest.param(HYBRID, "recurrent", id="hybrid"),
         pytest.param(RECURRENT, "recurrent", id="recurrent"),
         pytest.param(GPTQ, "gptq)", id="quantized"),
@@ -177,6 +183,15 @@ def test_model_families(shape: Any, config: dict[str, Any], names: str) -> None:
     assert message.startswith('method "subspec" ')
     assert names in message
     assert "use " in message or "serve " in message
+
+
+def test_expert_parallelism(shape: Any) -> None:
+    message = refusal(shape(**MOE), {}, tensor_parallel_size=2, enable_expert_parallel=True)
+    assert "remove --enable-expert-parallel" in message
+
+
+def test_a_checkpoint_of_substitute_experts(shape: Any) -> None:
+    assert '"substitute" is not read' in refusal(shape(**MOE), {"substitute": str(MODEL)})
 
 
 @pytest.mark.parametrize(
