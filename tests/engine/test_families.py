@@ -26,6 +26,7 @@ from tests.engine.helpers import (
     memory_plan,
     worker_of,
 )
+from vllm_subspec.weights.substitute_experts import SubstituteExperts
 
 VOCABULARY = 256
 SHAPE: dict[str, Any] = {
@@ -138,10 +139,15 @@ def test_resident_experts_have_substitutes_too(
     plan = memory_plan(llm)
     assert plan.streamed == (0,)
     assert plan.substituted == (0, 1)
-    found = worker_of(llm).loading.substitutes
-    assert sum(isinstance(module, RoutedExperts) for module in found) == 2
+    found = worker_of(llm).loading.substitutes.values()
+    experts = [substitute for substitute in found if isinstance(substitute, SubstituteExperts)]
+    assert len(experts) == 2
+    asked: set[SubstituteExperts] = set()
+    for substitute in experts:
+        substitute.register_forward_hook(lambda module, *_: asked.add(module))
     assert [answer.tokens for answer in generate(llm, PROMPTS, PARAMS)] == made.answers()
     assert draft_counts(llm).accepted >= 3
+    assert asked == set(experts)  # and not the target's
 
 
 def test_experts_from_a_store(engines: Engines, checkpoint: Callable[..., Checkpoint]) -> None:
