@@ -304,6 +304,20 @@ def test_options_of_a_hierarchy(options: dict[str, Any], key: str, says: str) ->
     assert says in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names", "remedy"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2", "--tensor-parallel-size"),
+        ({"data_parallel_size": 2}, "--data-parallel-size is 2", "separate servers"),
+    ],
+)
+def test_parallelism_of_a_hierarchy(arguments: dict[str, Any], names: str, remedy: str) -> None:
+    message = refusal(MODEL, hierarchy(NGRAM), **arguments)
+    assert message.startswith('method "hierspec" ')
+    assert names in message
+    assert remedy in message
+
+
 @pytest.mark.parametrize("key", ["intermediate", "drafter"])
 def test_another_vocabulary(shape: Any, key: str) -> None:
     other = str(shape(vocab_size=5000))
