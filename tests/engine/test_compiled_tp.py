@@ -3,24 +3,18 @@
 """Answers with a compiled target, over two tensor-parallel ranks, and in bf16, where a target may
 also be quantized."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from vllm import LLM, SamplingParams
 
+from tests.engine import two_ranks
 from tests.engine.helpers import (
     MODEL,
     ROUGH,
-    DraftCounts,
     Engines,
     assert_chains_were_tried,
     assert_trees_were_tried,
-    count_drafts,
     draft_counts,
     generate,
     greedy,
@@ -33,9 +27,6 @@ from vllm_subspec.cli.main import main
 
 PROMPTS = source_prompts(16, shortest=1, longest=200)
 PARAMS = [greedy(32)] * 16
-# All ranks draw the same seeds, also for requests that brought none.
-SAMPLED = [SamplingParams(temperature=0.8, seed=s, max_tokens=24) for s in (1, 2, None, None)]
-TWO_RANKS = [*[greedy(24)] * 4, *SAMPLED]
 
 
 def test_compiled_target(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,61 +48,14 @@ def test_compiled_target(engines: Engines, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    """Against two ranks without speculation: another split of the sums is another rounding.
-
-    In a process of its own, as the ranks are processes, too.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    environment = {
-        **os.environ,
-        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.test_compiled_tp", str(tmp_path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=400,
-        check=True,
-    )
-    report = json.loads(done.stdout.splitlines()[-1])
-    asked_for = [i for i, params in enumerate(TWO_RANKS) if params.seed or not params.temperature]
-    for i in asked_for:
-        assert report["drafting"][i] == report["plain"][i], f"request {i}"
-        assert report["hierarchy"][i] == report["plain"][i], f"request {i}"
-    assert_trees_were_tried(DraftCounts(**report["drafting counts"]), 20)
-    assert DraftCounts(**report["hierarchy counts"]).accepted > 50
+    """Against two ranks without speculation: another split of the sums is another rounding."""
+    ways = two_ranks.run("mp", tmp_path, ["drafting", "hierarchy"], seconds=400)
+    for name in ("drafting", "hierarchy"):
+        two_ranks.assert_same_answers(ways[name], ways["plain"])
+        two_ranks.assert_ranks_drafted_alike(ways[name])
+    assert_trees_were_tried(ways["drafting"].counts, 20)
+    assert ways["hierarchy"].counts.accepted > 50
     assert {f.name.split(".")[-2] for f in tmp_path.glob("*.store")} == {"rank0of2", "rank1of2"}
-
-
-def _answer_on_two_ranks(store_dir: str) -> None:
-    """Prints the answers without and with speculation and the draft's counts as a line of JSON."""
-    report: dict[str, Any] = {}
-    # What a hierarchy drafts depends on measured time, which differs between the ranks.
-    hierarchy = {**WAYS["substitute-eagle"], "pruning": "dynamic"}
-    ways = {"plain": None, "drafting": ROUGH, "hierarchy": hierarchy}
-    for name, options in ways.items():
-        speculative = None if options is None else {**options, "store_dir": store_dir}
-        llm = LLM(
-            str(MODEL),
-            dtype="float32",
-            enforce_eager=True,
-            tensor_parallel_size=2,
-            max_model_len=512,
-            block_size=32,
-            kv_cache_memory_bytes=32 << 20,
-            max_num_batched_tokens=128,
-            disable_log_stats=False,
-            speculative_config=speculative,
-        )
-        if speculative is not None:
-            llm.collective_rpc(count_drafts)
-        report[name] = [a.tokens for a in generate(llm, PROMPTS[:8], TWO_RANKS)]
-        if speculative is not None:
-            report[f"{name} counts"] = vars(draft_counts(llm))
-        llm.llm_engine.engine_core.shutdown()
-    print("\n" + json.dumps(report), flush=True)
 
 
 @pytest.mark.parametrize("target", ["streamed", "W4A16"])
@@ -192,7 +136,3 @@ def _prompt_scores(llm: LLM, prompts: list[list[int]]) -> list[list[dict[int, fl
         [{t: p.logprob for t, p in (step or {}).items()} for step in o.prompt_logprobs]
         for o in outputs
     ]
-
-
-if __name__ == "__main__":
-    _answer_on_two_ranks(sys.argv[1])

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Answers a file of prompts with Ray Data, and goes on where it was stopped.
+
+    python examples/ray_batch.py prompts.jsonl answers --model MODEL
+
+PROMPTS is a JSON Lines or Parquet file, or a folder of them, with a string ``prompt`` and a unique
+``id`` in every row. ANSWERS becomes a folder of Parquet files with ``id``, ``prompt`` and
+``answer``. Run the same command again after any interruption: whatever is answered stays,
+what was half written is removed, and each remaining prompt is answered once. So prompts may also be
+added later.
+
+It joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine. In a cluster PROMPTS
+and ANSWERS must be where every machine reaches them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+from vllm.platforms import current_platform
+
+DONE = "_done"
+"""Folder of the ids that are answered; readers of Parquet folders skip names with an underscore."""
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object ``text``, as an argument's value."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return value
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ray_batch",
+        description="Answer a file of prompts with Ray Data; resumable.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("prompts", type=Path, help="JSON Lines or Parquet with `id` and `prompt`")
+    parser.add_argument("answers", type=Path, help="folder of Parquet files, made if missing")
+    parser.add_argument("--model", required=True, help="name or folder of the target")
+    parser.add_argument(
+        "--speculative-config", type=json_object, default={"method": "subspec"}, help="JSON"
+    )
+    parser.add_argument(
+        "--sampling",
+        type=json_object,
+        default={"temperature": 0.0, "max_tokens": 256},
+        help="JSON of vLLM's SamplingParams",
+    )
+    parser.add_argument(
+        "--engine", type=json_object, default={}, help="JSON of further engine arguments of vLLM"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, help="prompts that are answered and kept at once"
+    )
+    parser.add_argument("--concurrency", type=positive, default=1, help="engines side by side")
+    given = parser.parse_args(arguments)
+    if not given.prompts.exists():
+        parser.error(f"PROMPTS is {given.prompts}: no such file or folder")
+    return given
+
+
+def read(prompts: Path) -> ray.data.Dataset:
+    files = [prompts] if prompts.is_file() else sorted(prompts.iterdir())
+    if all(file.suffix == ".parquet" for file in files):
+        rows = ray.data.read_parquet([str(file) for file in files])
+    else:
+        rows = ray.data.read_json([str(file) for file in files])
+    return rows.select_columns(["id", "prompt"])
+
+
+def processor_config(given: argparse.Namespace) -> vLLMEngineProcessorConfig:
+    """Engines that take text and give text, one on each GPU (or tensor-parallel group of them)."""
+    on_cpu = current_platform.is_cpu()
+    return vLLMEngineProcessorConfig(
+        model_source=given.model,
+        engine_kwargs={**given.engine, "speculative_config": given.speculative_config},
+        batch_size=given.batch_size,
+        concurrency=given.concurrency,
+        # Ray asks for a GPU, which a machine without any would wait for without end.
+        placement_group_config={"bundles": [{"CPU": 1}]} if on_cpu else None,
+        # The engine itself turns text into tokens and tokens into text.
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    answers = given.answers.absolute()
+    answers.mkdir(parents=True, exist_ok=True)
+    ray.init()
+    # Ray Data writes a block's ids before the block, confirms them after it, and removes at the
+    # next start whatever was not confirmed.
+    ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
+        id_column="id", checkpoint_path=str(answers / DONE), delete_checkpoint_on_success=False
+    )
+    process = build_processor(
+        processor_config(given),
+        preprocess=lambda row: {**row, "sampling_params": given.sampling},
+        postprocess=lambda row: {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "answer": row["generated_text"],
+        },
+    )
+    # A block is kept as a whole: its size is what an interruption can cost.
+    blocks = read(given.prompts).repartition(target_num_rows_per_block=given.batch_size)
+    process(blocks).write_parquet(str(answers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Engines of two tensor-parallel ranks, in a process of their own, as the ranks are processes, too.
+
+    python -m tests.engine.two_ranks EXECUTOR STORE_DIR WAY...
+
+prints a line of JSON: what each `Way` answered, and what its ranks drafted.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm import LLM, SamplingParams
+
+from tests.engine.helpers import (
+    MODEL,
+    ROUGH,
+    DraftCounts,
+    count_drafts,
+    draft_counts,
+    generate,
+    greedy,
+    source_prompts,
+)
+from tests.engine.hierarchies import WAYS
+
+ROOT = Path(__file__).resolve().parents[2]
+PLATFORM = Path(__file__).parent / "ray_cpu_platform"
+# Ray listens on all interfaces, but only these tests may join; and it tells nobody about its use.
+ALONE = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+PROMPTS = source_prompts(16, shortest=1, longest=200)[:8]
+# All ranks draw the same seeds, also for requests that brought none.
+SAMPLED = [SamplingParams(temperature=0.8, seed=s, max_tokens=24) for s in (1, 2, None, None)]
+PARAMS = [*[greedy(24)] * 4, *SAMPLED]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "drafting": ROUGH,
+    # What a hierarchy drafts depends on measured time, which differs between the ranks.
+    "hierarchy": {**WAYS["substitute-eagle"], "pruning": "dynamic"},
+}
+
+
+class Way(NamedTuple):
+    """What an engine did.
+
+    Args:
+        tokens: of every answer.
+        counts: of what was verified; nothing without speculation.
+        drafted: of every rank, a digest of all that it drafted; none without speculation.
+    """
+
+    tokens: list[list[int]]
+    counts: DraftCounts
+    drafted: list[str]
+
+
+def run(executor: str, store_dir: Path, ways: Sequence[str], seconds: float) -> dict[str, Way]:
+    """What engines with ``OPTIONS[way]`` do, and as ``"plain"`` one without speculation.
+
+    Args:
+        executor: vLLM's ``distributed_executor_backend`` of the engines that speculate, ``"mp"`` or
+            ``"ray"``. The plain one has ``"mp"``: how its ranks are started changes no sum.
+        seconds: after which it is given up.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    found = [str(ROOT), *[str(PLATFORM)] * (executor == "ray"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        **ALONE,
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+        "PYTHONPATH": os.pathsep.join(filter(None, found)),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.two_ranks", executor, str(store_dir), *ways],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=seconds,
+        check=True,
+    )
+    report = json.loads(done.stdout.splitlines()[-1])
+    return {
+        name: Way(tokens, DraftCounts(**counts), drafted)
+        for name, (tokens, counts, drafted) in report.items()
+    }
+
+
+def assert_same_answers(way: Way, plain: Way) -> None:
+    for i, params in enumerate(PARAMS):
+        if params.seed or not params.temperature:
+            assert way.tokens[i] == plain.tokens[i], f"request {i}"
+
+
+def assert_ranks_drafted_alike(way: Way) -> None:
+    first, second = way.drafted
+    assert first == second
+
+
+def _digest_drafts(worker: Any) -> None:
+    """Makes a worker digest what it drafts (a `collective_rpc`)."""
+    proposer = worker.proposer
+    propose, proposer.digest = proposer.propose, hashlib.sha256()
+
+    def digested(*args: Any, **kwargs: Any) -> Any:
+        drafts = propose(*args, **kwargs)
+        for draft in drafts:
+            proposer.digest.update(draft.tree.tokens.tobytes() + draft.tree.parents.tobytes())
+        return drafts
+
+    proposer.propose = digested
+
+
+def _digest_of(worker: Any) -> str:
+    digest: str = worker.proposer.digest.hexdigest()
+    return digest
+
+
+def _answer(executor: str, speculative: dict[str, Any] | None) -> Way:
+    llm = LLM(
+        str(MODEL),
+        dtype="float32",
+        enforce_eager=True,
+        tensor_parallel_size=2,
+        distributed_executor_backend=executor,
+        max_model_len=512,
+        block_size=32,
+        kv_cache_memory_bytes=32 << 20,
+        max_num_batched_tokens=128,
+        disable_log_stats=False,
+        speculative_config=speculative,
+    )
+    if speculative is not None:
+        llm.collective_rpc(count_drafts)
+        llm.collective_rpc(_digest_drafts)
+    way = Way([list(answer.tokens) for answer in generate(llm, PROMPTS, PARAMS)], DraftCounts(), [])
+    if speculative is not None:
+        way = way._replace(counts=draft_counts(llm), drafted=llm.collective_rpc(_digest_of))
+    llm.llm_engine.engine_core.shutdown()
+    return way
+
+
+def main(executor: str, store_dir: str, *ways: str) -> None:
+    answered = {"plain": _answer("mp", None)}
+    if executor == "ray":
+        import ray
+
+        ray.init(num_cpus=2, num_gpus=2, object_store_memory=100 << 20, include_dashboard=False)
+    for way in ways:
+        answered[way] = _answer(executor, {**OPTIONS[way], "store_dir": store_dir})
+    if executor == "ray":
+        ray.shutdown()
+    print("\n" + json.dumps(answered, default=vars), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
