@@ -89,18 +89,23 @@ def read(prompts: Path) -> ray.data.Dataset:
 
 def processor_config(given: argparse.Namespace) -> vLLMEngineProcessorConfig:
     """Engines that take text and give text, one on each GPU (or tensor-parallel group of them)."""
-    on_cpu = current_platform.is_cpu()
+    engine = {**given.engine, "speculative_config": given.speculative_config}
+    device: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        # Ray asks for GPUs, which a machine without any would wait for without end.
+        device = {"placement_group_config": {"bundle_per_worker": {"CPU": 1}}}
+        # Left to vLLM, as Ray's choice for several ranks refuses CPUs.
+        engine.setdefault("distributed_executor_backend", None)
     return vLLMEngineProcessorConfig(
         model_source=given.model,
-        engine_kwargs={**given.engine, "speculative_config": given.speculative_config},
+        engine_kwargs=engine,
         batch_size=given.batch_size,
         concurrency=given.concurrency,
-        # Ray asks for a GPU, which a machine without any would wait for without end.
-        placement_group_config={"bundles": [{"CPU": 1}]} if on_cpu else None,
         # The engine itself turns text into tokens and tokens into text.
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
+        **device,
     )
 
 
