@@ -25,6 +25,8 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from vllm.platforms import current_platform
 
+from vllm_subspec.config import check
+
 DONE = "_done"
 """Folder of the ids that are answered; readers of Parquet folders skip names with an underscore."""
 
@@ -37,6 +39,15 @@ def json_object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return value
+
+
+def speculative_config(text: str) -> dict[str, Any]:
+    value = json_object(text)
+    try:
+        check(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return value
 
 
@@ -57,7 +68,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("answers", type=Path, help="folder of Parquet files, made if missing")
     parser.add_argument("--model", required=True, help="name or folder of the target")
     parser.add_argument(
-        "--speculative-config", type=json_object, default={"method": "subspec"}, help="JSON"
+        "--speculative-config",
+        type=speculative_config,
+        default={"method": "subspec"},
+        help="JSON",
     )
     parser.add_argument(
         "--sampling",

@@ -21,15 +21,30 @@ import json
 import sys
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+)
 from ray import serve
 from ray.serve.llm import LLMConfig, LLMServingArgs, build_openai_app
 from vllm.platforms import current_platform
+
+from vllm_subspec.config import check
 
 
 def _object(value: Any) -> Any:
     """On a command line an object is given as JSON."""
     return json.loads(value) if isinstance(value, str) else value
+
+
+def _checked(value: dict[str, Any]) -> dict[str, Any]:
+    check(value)
+    return value
 
 
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_object)]
@@ -50,7 +65,7 @@ class Service(BaseModel):
 
     model: str
     name: str | None = None
-    speculative_config: JsonObject = {"method": "subspec"}
+    speculative_config: Annotated[JsonObject, AfterValidator(_checked)] = {"method": "subspec"}
     engine: JsonObject = {}
     replicas: PositiveInt = 1
 

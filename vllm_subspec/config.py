@@ -389,3 +389,15 @@ class HierspecOptions(DraftingOptions):
 METHODS: dict[str, type[SubspecOptions] | type[HierspecOptions]] = {
     options.METHOD: options for options in (SubspecOptions, HierspecOptions)
 }
+
+
+def check(speculative_config: Mapping[str, Any]) -> None:
+    """For programs whose engines start elsewhere, where nobody would see what is wrong.
+
+    Raises:
+        ValueError: the mapping names one of our methods and an option is wrong; see `parse`.
+    """
+    given = dict(speculative_config)
+    method = METHODS.get(given.pop("method", ""))
+    if method is not None:
+        method.parse(given)

@@ -48,6 +48,7 @@ ENGINE = {
     **{key: value for key, value in DEFAULTS.items() if key != "disable_log_stats"},
     "kv_cache_memory_bytes": 32 << 20,
 }
+WRONG = '{"method": "subspec", "bits": 5}'
 # A loaded machine starts an engine in a minute.
 PATIENCE = 180
 
@@ -230,6 +231,12 @@ def test_serve(cluster: Cluster, expected: dict[str, str], tmp_path: Path) -> No
         ("ray_batch", ["no/such/file", "answers", "--model", "m"], "no/such/file"),
         ("ray_batch", [__file__, "answers", "--model", "m", "--engine", "[]"], "no JSON object"),
         ("ray_batch", [__file__, "answers", "--model", "m", "--batch-size", "0"], "below 1"),
+        (
+            "ray_batch",
+            [__file__, "answers", "--model", "m", "--speculative-config", WRONG],
+            '"bits"',
+        ),
+        ("ray_serve", ["model=m", f"speculative_config={WRONG}"], '"bits"'),
         ("ray_serve", ["modell=m"], "modell"),
         ("ray_serve", ["model=m", "engine={"], "engine"),
         ("ray_serve", ["model=m", "port=0"], "port"),
