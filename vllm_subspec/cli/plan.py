@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
 
+from vllm_subspec.cli import kubernetes
 from vllm_subspec.cli.quantities import in_gib, parse_bytes, parse_rate
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.forecast import Drafted, Forecast, Machine, expected_tokens, forecast
@@ -34,6 +35,8 @@ from vllm_subspec.weights.model_shape import read_shape
 _ACCEPTANCE = 0.975
 _ITEMSIZE = 2  # bytes: vLLM serves float32 checkpoints in 16 bits, too
 _GROUP = 64  # columns, below 8 bits
+_RESERVED = SubspecOptions.model_fields["num_speculative_tokens"].default  # tokens
+_BLOCK = 128  # tokens: of the CPU, the largest of the defaults
 _BAR = 60  # characters
 
 
@@ -52,18 +55,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--acceptance", type=float, default=_ACCEPTANCE, help="of a drafted level (default: 0.975)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--model-name", help="by which MODEL is served; default: MODEL")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument(
+        "--k8s",
+        choices=get_args(kubernetes.Target),
+        help="print a Kustomize component for deploy/kustomize; nothing is measured",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or 2 after bad input or where nothing fits (told on stderr)."""
     try:
+        if args.k8s:
+            print(_component(args), end="")
+            return 0
         planned = make_plan(args)
     except (ValueError, OSError) as error:
         print(f"vllm-subspec plan: {error}", file=sys.stderr)
         return 2
     print(json.dumps(planned.to_json_dict(), indent=2) if args.json else planned.describe())
     return 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What goes where."""
+
+    shape: ModelShape
+    plan: MemoryPlan  # of one rank
+    plain: MemoryPlan  # without substitutes
+    source: Literal["host", "disk"]
+    device_is_host: bool
+    arguments: dict[str, Any]  # of the engine
 
 
 @dataclass(frozen=True)
@@ -115,11 +140,24 @@ class Planned:
 
 def make_plan(args: argparse.Namespace) -> Planned:
     """Raises ValueError, in one sentence, for bad input and for what cannot fit."""
+    given_link = parse_rate(args.link) if args.link else None
+    given_device = parse_rate(args.device_bandwidth) if args.device_bandwidth else None
+    layout = lay_out(args)
+    shape, plan = layout.shape, layout.plan
+    machine = _machine(given_link, given_device, layout.source, layout.device_is_host)
+    drafted, expected = _best(plan, layout.plain, shape, args, machine)
+    words = ["vllm", "serve", _served(args), *kubernetes.options(layout.arguments)]
+    notes = [*_notes(shape, plan)]
+    return Planned(
+        args.model, plan, drafted, expected, machine, layout.source, shlex.join(words), notes
+    )
+
+
+def lay_out(args: argparse.Namespace) -> Layout:
+    """Raises ValueError as `make_plan` does. Measures nothing."""
     _check(args)
     given_memory = parse_bytes(args.device_memory) if args.device_memory else None
     given_host = parse_bytes(args.host_memory) if args.host_memory else None
-    given_link = parse_rate(args.link) if args.link else None
-    given_device = parse_rate(args.device_bandwidth) if args.device_bandwidth else None
     shape, config = read_shape(args.model)
     longest = int(getattr(config, "max_position_embeddings", 0) or 4096)
     context = args.max_model_len or min(4096, longest)
@@ -129,18 +167,40 @@ def make_plan(args: argparse.Namespace) -> Planned:
         raise ValueError(f"{args.model} is already quantized: plan the full-precision model")
     memory = given_memory or _device_memory()
     plan, plain = _plans(shape, args, context, memory)
-    # Without a GPU here and without a size the device is this machine's own memory.
-    device_is_host = given_memory is None and not torch.cuda.is_available()
-    source = choose_tier(
-        plan.store_bytes * args.tensor_parallel_size,
-        given_host or psutil.virtual_memory().available,
-        device_is_host,
+    stored = plan.store_bytes * args.tensor_parallel_size
+    if args.k8s:  # a pod asks for the host memory that it needs
+        device_is_host, host = args.k8s == "cpu", given_host or 2 * stored
+    else:
+        # Without a GPU here and without a size the device is this machine's own memory.
+        device_is_host = given_memory is None and not torch.cuda.is_available()
+        host = given_host or psutil.virtual_memory().available
+    source = choose_tier(stored, host, device_is_host)
+    arguments = _arguments(args, context, source, plan)
+    return Layout(shape, plan, plain, source, device_is_host, arguments)
+
+
+def _served(args: argparse.Namespace) -> str:
+    return str(args.model_name or args.model)
+
+
+def _component(args: argparse.Namespace) -> str:
+    if not args.device_memory:
+        raise ValueError("--k8s plans for another machine: give its --device-memory")
+    layout = lay_out(args)
+    decisive = ("model_name", "device_memory", "host_memory", "bits", "tensor_parallel_size")
+    decisive += ("max_model_len", "batch", "depth", "k8s")
+    words = ["vllm-subspec", "plan", args.model]
+    for name in decisive:
+        if (value := getattr(args, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return kubernetes.component(
+        args.k8s,
+        layout.plan,
+        model=_served(args),
+        arguments=layout.arguments,
+        source=layout.source,
+        command=shlex.join(words),
     )
-    machine = _machine(given_link, given_device, source, device_is_host)
-    drafted, expected = _best(plan, plain, shape, args, machine)
-    command = _command(args, context, source, plan)
-    notes = [*_notes(shape, plan)]
-    return Planned(args.model, plan, drafted, expected, machine, source, command, notes)
 
 
 def _notes(shape: ModelShape, plan: MemoryPlan) -> Iterator[str]:
@@ -171,7 +231,8 @@ def _plans(
             return linear.size * bits // 8 + 4 * groups
 
         sizes = shape.sizes(_ITEMSIZE, args.tensor_parallel_size, substitute, WORKSPACE)
-        budget = Budget(memory, context * args.batch)
+        # Slots that are reserved behind each request, and a block that vLLM never gives out.
+        budget = Budget(memory, args.batch * (context + _RESERVED) + _BLOCK)
         alone = replace(sizes, substitutes=[0] * len(sizes.layers))
         return plan_memory(sizes, budget), plan_memory(alone, budget)
 
@@ -208,7 +269,9 @@ def _best(
     return max(found, key=lambda pair: pair[1].serial)
 
 
-def _command(args: argparse.Namespace, context: int, source: str, plan: MemoryPlan) -> str:
+def _arguments(
+    args: argparse.Namespace, context: int, source: str, plan: MemoryPlan
+) -> dict[str, Any]:
     """What serves this plan, whatever else is on the device."""
     options: dict[str, Any] = {"method": "subspec", "weight_source": source}
     if args.bits != SubspecOptions.model_fields["bits"].default:
@@ -220,10 +283,10 @@ def _command(args: argparse.Namespace, context: int, source: str, plan: MemoryPl
         layer = plan.store_bytes / len(plan.streamed)
         options["resident_weights_gib"] = round(layers * layer / GIB, 3)
         options["ring_layers"] = max(plan.ring_layers, 2)
-    words = ["vllm", "serve", args.model, "--max-model-len", str(context)]
+    arguments: dict[str, Any] = {"max_model_len": context}
     if args.tensor_parallel_size > 1:
-        words += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
-    return shlex.join([*words, "--speculative-config", json.dumps(options)])
+        arguments["tensor_parallel_size"] = args.tensor_parallel_size
+    return arguments | {"speculative_config": options}
 
 
 def _device_memory() -> int:
