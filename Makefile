@@ -7,7 +7,7 @@ VENV_PYTHON := .venv/bin/python
 FAST := environment="$$($(VENV_PYTHON) scripts/cpu_env.py)" && eval "$$environment" &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint soak demo bench clean
+.PHONY: help setup test lint manifests soak demo bench clean
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ lint: setup  ## style, formatting, types, and the README's figures
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+manifests: setup  ## Dockerfiles and Kubernetes manifests, without a cluster
+	@.venv/bin/hadolint deploy/docker/Dockerfile.*
+	@$(VENV_PYTHON) -m scripts.manifests
 
 soak: setup  ## 10,000 random requests with trees against none, in bounded time
 	@$(FAST) $(VENV_PYTHON) -m tests.soak $(ARGS)
