@@ -70,7 +70,7 @@ def _untagged(documents: list[Document], tagged: frozenset[str]) -> Iterator[str
 
 
 def main(arguments: list[str]) -> int:
-    found = check(*map(Path, arguments))
+    found = check(Path(arguments[0]) if arguments else ROOT)
     print("\n".join(found) or "manifests: all is well", file=sys.stderr if found else sys.stdout)
     return 1 if found else 0
 

@@ -86,10 +86,10 @@ def patch_problems(found: Kustomization) -> Iterator[str]:
             yield from wrong
             if wrong:
                 continue
-        if pointers and target is None:
+        wanted = target if pointers else patch
+        if wanted is None:
             yield f"{path}: patch: JSON pointers without a target"
             continue
-        wanted = target if pointers else patch
         patched = [document for _, document in found.resources if _is_target(wanted, document)]
         if len(patched) != 1:
             yield f"{path}: patch: {len(patched)} objects are {_named(wanted)}"

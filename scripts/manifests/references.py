@@ -125,7 +125,7 @@ def _object_problems(
             yield from _none_chosen(found)
             ports = {port.get("name") for one in found for port in one["spec"]["ports"]}
             for endpoint in spec["endpoints"]:
-                if endpoint["port"] not in ports:
+                if found and endpoint["port"] not in ports:
                     yield f"scrapes port {endpoint['port']}, which the service has not"
         case "PodMonitor":
             chosen = _chosen(spec["selector"].get("matchLabels", {}), pods)

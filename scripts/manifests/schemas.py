@@ -81,8 +81,8 @@ def serve_config_errors(text: str) -> Iterator[str]:
         yield f"spec.serveConfigV2: {error}"
         return
     for document in documents:
-        for error in _told(Draft202012Validator(_vendored(SERVE_CONFIG)), document, False):
-            yield f"spec.serveConfigV2: {error}"
+        for problem in _told(Draft202012Validator(_vendored(SERVE_CONFIG)), document, False):
+            yield f"spec.serveConfigV2: {problem}"
 
 
 def _told(checker: Validator, document: Any, partial: bool) -> Iterator[str]:

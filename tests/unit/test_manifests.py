@@ -39,7 +39,7 @@ def test_all_is_well() -> None:
 @needs_kubectl
 def test_what_is_rendered_is_well(manifests: Path) -> None:
     assert check(rendering=True) == []
-    # Each file is right, but merging leaves out what the deletion names.
+    # Each file is right, but what is left is not.
     patch = "apiVersion: v1\nkind: Service\nmetadata:\n  name: vllm-subspec\n$patch: delete\n"
     (manifests / "overlays/cpu-disk/cpu.yaml").write_text(patch)
     assert check(manifests, rendering=False) == []

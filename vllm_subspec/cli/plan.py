@@ -38,6 +38,11 @@ _GROUP = 64  # columns, below 8 bits
 _RESERVED = SubspecOptions.model_fields["num_speculative_tokens"].default  # tokens
 _BLOCK = 128  # tokens: of the CPU, the largest of the defaults
 _BAR = 60  # characters
+# Options that a component depends on.
+_DECISIVE = (
+    *("model_name", "device_memory", "host_memory", "bits", "tensor_parallel_size"),
+    *("max_model_len", "batch", "depth", "k8s"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,10 +192,8 @@ def _component(args: argparse.Namespace) -> str:
     if not args.device_memory:
         raise ValueError("--k8s plans for another machine: give its --device-memory")
     layout = lay_out(args)
-    decisive = ("model_name", "device_memory", "host_memory", "bits", "tensor_parallel_size")
-    decisive += ("max_model_len", "batch", "depth", "k8s")
     words = ["vllm-subspec", "plan", args.model]
-    for name in decisive:
+    for name in _DECISIVE:
         if (value := getattr(args, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return kubernetes.component(
