@@ -101,7 +101,7 @@ def component(
     """
     ranks = arguments.get("tensor_parallel_size", 1)
     pod = size_pod(target, plan, ranks, source)
-    arguments = {**arguments, "kv_cache_memory_bytes": plan.kv_bytes}
+    arguments = dict(arguments)
     if target != "cpu":
         arguments["gpu_memory_utilization"] = _DEVICE_SHARE
     if target == "ray":

@@ -289,7 +289,7 @@ def _arguments(
     arguments: dict[str, Any] = {"max_model_len": context}
     if args.tensor_parallel_size > 1:
         arguments["tensor_parallel_size"] = args.tensor_parallel_size
-    return arguments | {"speculative_config": options}
+    return arguments | {"speculative_config": options, "kv_cache_memory_bytes": plan.kv_bytes}
 
 
 def _device_memory() -> int:
