@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""Measure the peers beside SubSpec, all under one memory limit; writes ``results/peers.json``.
+
+    python -m benchmarks.peers.environments    # once
+    python -m benchmarks.peers                 # about ten minutes, as root or in a delegated group
+
+All peers are loaded, answer a short prompt each to warm up, and then take turns prompt by prompt.
+Before each answer the model's files are dropped from the page cache. A way that needs seconds per
+token is cut off after ``--seconds``: its speed needs no more, as every token costs it the same.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks import report
+from benchmarks.peers import environments, memory
+from benchmarks.peers.environments import FOLDER, ROOT, Environment
+from benchmarks.peers.process import PeerProcess
+from benchmarks.peers.serving import CannotRunError
+from benchmarks.peers.summary import speed, summarize
+from benchmarks.session import BUILD, PROMPTS, checkpoint
+from scripts.cpu_env import cpu_environment, find_tcmalloc
+
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An adapter, how it is called, and the environment it needs (None: ours)."""
+
+    what: str
+    arguments: tuple[str, ...]
+    environment: Environment | None = None
+
+
+def _vllm(way: str, what: str) -> Peer:
+    return Peer(what, ("benchmarks.peers.vllm_engine", way, "--stores", str(BUILD / "stores")))
+
+
+def _files(adapter: str, what: str, environment: Environment) -> Peer:
+    folder = FOLDER / "files" / adapter
+    return Peer(what, (f"benchmarks.peers.{adapter}", "--folder", str(folder)), environment)
+
+
+PEERS = {
+    "subspec": _vllm("subspec", "SubSpec: all layers streamed from disk, lookups"),
+    "streaming": _vllm("streaming", "the same engine, without speculation"),
+    "vllm": _vllm("plain", "vLLM, all weights in memory"),
+    "vllm_ngram": _vllm("ngram", "vLLM's ngram, all weights in memory"),
+    "vllm_uva": _vllm("uva", "vLLM's UVA offloading"),
+    "vllm_prefetch": _vllm("prefetch", "vLLM's prefetch offloading"),
+    "transformers": _files(
+        "transformers_disk", "transformers + accelerate, disk offload", environments.TRANSFORMERS
+    ),
+    "airllm": _files("airllm_layers", "AirLLM", environments.TRANSFORMERS),
+    "llama_cpp": _files("llama_cpp_mmap", "llama.cpp, mapped file", environments.LLAMA_CPP),
+}
+
+
+def start(name: str, model: Path, limit: int) -> PeerProcess:
+    """The peer, loaded; CannotRunError if it is not installed or does not come up."""
+    peer = PEERS[name]
+    if peer.environment is not None and not peer.environment.is_made:
+        raise CannotRunError("is not installed: run `python -m benchmarks.peers.environments`")
+    python = peer.environment.python if peer.environment else Path(sys.executable)
+    cores = sorted(os.sched_getaffinity(0))
+    variables = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    variables |= {"OMP_NUM_THREADS": str(len(cores)), "HF_HUB_OFFLINE": "1"}
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if peer.environment is None and openmp.exists():
+        variables |= cpu_environment(openmp, find_tcmalloc(), cores, 1, variables)
+    command = [str(python), "-m", *peer.arguments, "--model", str(model)]
+    return PeerProcess(name, command, limit, variables, ROOT, FOLDER / f"{name}.log")
+
+
+def forget_weights(model: Path) -> None:
+    memory.forget([model, BUILD / "stores", FOLDER / "files"])
+
+
+def measure(
+    names: Sequence[str], model: Path, prompts: Sequence[list[int]], limit: int, arguments: Any
+) -> dict[str, Any]:
+    """Start ``names``, warm them up and let them take turns."""
+    running: dict[str, PeerProcess] = {}
+    reasons: dict[str, str] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
+
+    def give_up(name: str, reason: CannotRunError) -> None:
+        reasons[name] = str(reason)
+        print(f"{name:14} cannot run: {reason}", file=sys.stderr)
+        if process := running.pop(name, None):
+            process.close()
+
+    def close_all() -> None:
+        for process in running.values():
+            process.close()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_all)
+        for name in names:
+            forget_weights(model)
+            try:
+                running[name] = start(name, model, limit)
+                running[name].ask(prompts[0], WARM_UP_TOKENS, arguments.seconds)
+                loaded = running[name].ready["load_seconds"]
+                print(f"{name:14} loaded in {loaded:.0f} s", file=sys.stderr)
+            except CannotRunError as reason:
+                give_up(name, reason)
+        for number, prompt in enumerate(prompts):
+            for name, process in list(running.items()):
+                forget_weights(model)
+                try:
+                    answer = process.ask(prompt, arguments.tokens, arguments.seconds)
+                except CannotRunError as reason:
+                    give_up(name, reason)
+                    continue
+                answers.setdefault(name, []).append(answer)
+                print(
+                    f"{name:14} prompt {number}: {len(answer['tokens'])} tokens, "
+                    f"{speed(answer) or 0:.2f} tokens/s",
+                    file=sys.stderr,
+                )
+        details = {
+            name: {
+                "load_seconds": process.ready["load_seconds"],
+                "packages": process.ready["packages"],
+                "peak_group_bytes": process.group.peak,
+            }
+            for name, process in running.items()
+        }
+    complete = {name: mine for name, mine in answers.items() if name not in reasons}
+    rows = summarize(complete, ours="subspec", reference="streaming")
+    return {
+        "peers": {
+            name: {"what": PEERS[name].what, **row, **details[name]} for name, row in rows.items()
+        },
+        "could_not_run": {
+            name: {"what": PEERS[name].what, "why": why} for name, why in reasons.items()
+        },
+        "answers": complete,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.peers", description=__doc__.split("\n")[0])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME")
+    parser.add_argument("--gib", type=float, default=1.6, help="size of the checkpoint")
+    parser.add_argument("--model", type=Path, help="a checkpoint, instead of one of --gib")
+    parser.add_argument("--memory-gib", type=float, default=1.5, help="limit of each peer")
+    parser.add_argument("--prompts", type=Path, help='JSON lines, each {"prompt": [token ids]}')
+    parser.add_argument("--count", type=int, default=4, help="use the first so many prompts")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=20, help="of decoding, per answer at most")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "peers.json")
+    arguments = parser.parse_args()
+    model = (arguments.model or checkpoint(arguments.gib)).resolve()
+    if arguments.prompts:
+        lines = arguments.prompts.read_text().splitlines()
+        prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    limit = int(arguments.memory_gib * 2**30)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        measured = measure(arguments.peers, model, prompts[: arguments.count], limit, arguments)
+    except memory.NoMemoryLimitError as reason:
+        print(f"benchmarks.peers: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks.peers: interrupted, the peers are ended", file=sys.stderr)
+        return 130
+    result = {
+        "environment": report.environment(),
+        "model": model.name,
+        "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "memory_limit_bytes": limit,
+        "prompts": len(prompts[: arguments.count]),
+        "tokens": arguments.tokens,
+        "seconds_per_answer": arguments.seconds,
+        "run_seconds": time.perf_counter() - began,
+        **measured,
+    }
+    report.write(arguments.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
