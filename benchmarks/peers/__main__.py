@@ -24,8 +24,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks import report
-from benchmarks.peers import environments, memory
-from benchmarks.peers.environments import FOLDER, ROOT, Environment
+from benchmarks.peers import memory
+from benchmarks.peers.environments import FOLDER, LLAMA_CPP, ROOT, TRANSFORMERS, Environment
 from benchmarks.peers.process import PeerProcess
 from benchmarks.peers.serving import CannotRunError
 from benchmarks.peers.summary import speed, summarize
@@ -45,12 +45,13 @@ class Peer:
 
 
 def _vllm(way: str, what: str) -> Peer:
-    return Peer(what, ("benchmarks.peers.vllm_engine", way, "--stores", str(BUILD / "stores")))
+    told = ("--way", way, "--folder", str(BUILD / "stores"))
+    return Peer(what, ("benchmarks.peers.vllm_engine", *told))
 
 
-def _files(adapter: str, what: str, environment: Environment) -> Peer:
-    folder = FOLDER / "files" / adapter
-    return Peer(what, (f"benchmarks.peers.{adapter}", "--folder", str(folder)), environment)
+def _files(adapter: str, what: str, environment: Environment, *options: str) -> Peer:
+    told = ("--folder", str(FOLDER / "files" / adapter), *options)
+    return Peer(what, (f"benchmarks.peers.{adapter}", *told), environment)
 
 
 PEERS = {
@@ -61,18 +62,24 @@ PEERS = {
     "vllm_uva": _vllm("uva", "vLLM's UVA offloading"),
     "vllm_prefetch": _vllm("prefetch", "vLLM's prefetch offloading"),
     "transformers": _files(
-        "transformers_disk", "transformers + accelerate, disk offload", environments.TRANSFORMERS
+        "transformers_disk", "transformers + accelerate, all layers on disk", TRANSFORMERS
     ),
-    "airllm": _files("airllm_layers", "AirLLM", environments.TRANSFORMERS),
-    "llama_cpp": _files("llama_cpp_mmap", "llama.cpp, mapped file", environments.LLAMA_CPP),
+    "transformers_filled": _files(
+        "transformers_disk",
+        "transformers + accelerate, the layers on disk that do not fit",
+        TRANSFORMERS,
+        "--fill",
+    ),
+    "airllm": _files("airllm_layers", "AirLLM", TRANSFORMERS),
+    "llama_cpp": _files("llama_cpp_mmap", "llama.cpp, mapped file", LLAMA_CPP),
 }
 
 
 def start(name: str, model: Path, limit: int) -> PeerProcess:
     """The peer, loaded; CannotRunError if it is not installed or does not come up."""
     peer = PEERS[name]
-    if peer.environment is not None and not peer.environment.is_made:
-        raise CannotRunError("is not installed: run `python -m benchmarks.peers.environments`")
+    if peer.environment is not None:
+        peer.environment.require()
     python = peer.environment.python if peer.environment else Path(sys.executable)
     cores = sorted(os.sched_getaffinity(0))
     variables = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
@@ -80,7 +87,7 @@ def start(name: str, model: Path, limit: int) -> PeerProcess:
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if peer.environment is None and openmp.exists():
         variables |= cpu_environment(openmp, find_tcmalloc(), cores, 1, variables)
-    command = [str(python), "-m", *peer.arguments, "--model", str(model)]
+    command = [str(python), "-m", *peer.arguments, "--model", str(model), "--limit", str(limit)]
     return PeerProcess(name, command, limit, variables, ROOT, FOLDER / f"{name}.log")
 
 
@@ -98,7 +105,7 @@ def measure(
 
     def give_up(name: str, reason: CannotRunError) -> None:
         reasons[name] = str(reason)
-        print(f"{name:14} cannot run: {reason}", file=sys.stderr)
+        print(f"{name:20} cannot run: {reason}", file=sys.stderr)
         if process := running.pop(name, None):
             process.close()
 
@@ -114,7 +121,7 @@ def measure(
                 running[name] = start(name, model, limit)
                 running[name].ask(prompts[0], WARM_UP_TOKENS, arguments.seconds)
                 loaded = running[name].ready["load_seconds"]
-                print(f"{name:14} loaded in {loaded:.0f} s", file=sys.stderr)
+                print(f"{name:20} loaded in {loaded:.0f} s", file=sys.stderr)
             except CannotRunError as reason:
                 give_up(name, reason)
         for number, prompt in enumerate(prompts):
@@ -127,7 +134,7 @@ def measure(
                     continue
                 answers.setdefault(name, []).append(answer)
                 print(
-                    f"{name:14} prompt {number}: {len(answer['tokens'])} tokens, "
+                    f"{name:20} prompt {number}: {len(answer['tokens'])} tokens, "
                     f"{speed(answer) or 0:.2f} tokens/s",
                     file=sys.stderr,
                 )

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""AirLLM: a file per layer, read while the layer before it runs, dropped after its own run.
+"""AirLLM: a file per layer, read while the layer before it runs, dropped after its own run."""
 
-python -m benchmarks.peers.airllm_layers --model DIR --folder DIR
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 from airllm import AutoModel
 
-from benchmarks.peers.serving import Answer, serve
+from benchmarks.peers.serving import Answer, parser, serve
 from benchmarks.peers.transformers_disk import answer_with
 
 
@@ -23,16 +19,7 @@ def load(model: Path, folder: Path) -> Answer:
     return answer_with(loaded)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.peers.airllm_layers")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="for its files, one per layer")
-    arguments = parser.parse_args()
-    return serve(
-        lambda: load(arguments.model, arguments.folder),
-        ["airllm", "transformers", "accelerate", "torch"],
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    told = parser("airllm_layers").parse_args()
+    packages = ["airllm", "transformers", "accelerate", "torch"]
+    sys.exit(serve(lambda: load(told.model, told.folder), packages))

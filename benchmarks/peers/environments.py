@@ -8,6 +8,8 @@ They are kept apart because .venv shall hold what the plugin needs and nothing e
 mere presence changes how transformers loads a model.
 """
 
+import contextlib
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,41 +35,50 @@ class Environment:
         return FOLDER / self.name / "bin" / "python"
 
     @property
-    def _done(self) -> Path:
-        return FOLDER / self.name / "requirements.txt"
+    def _state(self) -> Path:
+        """What the last `make` came to: {"requirements": [...], "failure": sentence or null}."""
+        return FOLDER / f"{self.name}.json"
 
-    @property
-    def is_made(self) -> bool:
-        """Whether it was installed with these requirements."""
-        return self._done.exists() and self._done.read_text() == "\n".join(self.requirements)
+    def require(self) -> None:
+        """Raises:
+        CannotRunError: it is not there, or not with these requirements; why, if that is known.
+        """
+        state = json.loads(self._state.read_text()) if self._state.exists() else {}
+        if state.get("requirements") != list(self.requirements):
+            raise CannotRunError("not installed: run `python -m benchmarks.peers.environments`")
+        if state["failure"]:
+            raise CannotRunError(state["failure"])
 
     def make(self) -> None:
-        """Create it, unless it exists with these requirements.
+        """Create it, if it is not there with these requirements.
 
         Raises:
-            CannotRunError: with the last line that pip said; the whole of it is in the log.
+            CannotRunError: pip's last line; all that it said is in the log.
         """
-        if self.is_made:
+        with contextlib.suppress(CannotRunError):
+            self.require()
             return
-        folder = FOLDER / self.name
+        failure = self._install(FOLDER / self.name, FOLDER / f"{self.name}.log")
+        state = {"requirements": self.requirements, "failure": failure}
+        self._state.write_text(json.dumps(state))
+        self.require()
+
+    def _install(self, folder: Path, log: Path) -> str | None:
+        """Why it failed, or None."""
         folder.mkdir(parents=True, exist_ok=True)
-        log = FOLDER / f"{self.name}.install.log"
-        commands = (
-            [sys.executable, "-m", "venv", str(folder)],
-            [str(self.python), "-m", "pip", "install", *self.requirements],
-        )
+        pip = [str(self.python), "-m", "pip", "install", *self.requirements]
         with log.open("w") as out:
-            for command in commands:
+            for command in ([sys.executable, "-m", "venv", str(folder)], pip):
                 try:
-                    subprocess.run(
-                        command, stdout=out, stderr=out, check=True, timeout=60 * self.minutes
+                    code = subprocess.call(
+                        command, stdout=out, stderr=out, timeout=60 * self.minutes
                     )
                 except subprocess.TimeoutExpired:
-                    raise CannotRunError(f"installing took over {self.minutes} minutes") from None
-                except subprocess.CalledProcessError:
+                    return f"could not be installed within {self.minutes} minutes"
+                if code:
                     last = [line for line in log.read_text().splitlines() if line.strip()][-1]
-                    raise CannotRunError(f"could not be installed: {last}") from None
-        self._done.write_text("\n".join(self.requirements))
+                    return f"could not be installed: {last}"
+        return None
 
 
 # The torch and transformers that vLLM runs with here, so that only the way differs; AirLLM accepts

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""llama.cpp with a mapped file: the kernel reads pages as they are touched, and drops old ones.
+"""llama.cpp with a mapped file: the kernel reads pages as they are touched, and drops old ones."""
 
-python -m benchmarks.peers.llama_cpp_mmap --model DIR --folder DIR
-"""
-
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -13,7 +9,7 @@ from pathlib import Path
 from llama_cpp import Llama
 
 from benchmarks.peers.gguf_export import export
-from benchmarks.peers.serving import Answer, Emit, serve
+from benchmarks.peers.serving import Answer, Emit, parser, serve
 
 
 def load(model: Path, folder: Path) -> Answer:
@@ -34,13 +30,6 @@ def load(model: Path, folder: Path) -> Answer:
     return answer
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.peers.llama_cpp_mmap")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="for the model as a GGUF file")
-    arguments = parser.parse_args()
-    return serve(lambda: load(arguments.model, arguments.folder), ["llama-cpp-python", "gguf"])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    told = parser("llama_cpp_mmap").parse_args()
+    sys.exit(serve(lambda: load(told.model, told.folder), ["llama-cpp-python", "gguf"]))

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The driver's side of a peer: its process, the lines between them, and why it could not run."""
 
+import contextlib
 import json
 import os
 import signal
@@ -71,8 +72,9 @@ class PeerProcess:
         assert self._process.stdin is not None
         request = {"prompt": prompt, "tokens": tokens, "seconds": seconds}
         self._signal(signal.SIGCONT)
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # It has ended: `_read` says why.
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         answer = self._read("answering", ANSWER_SECONDS)
         self._signal(signal.SIGSTOP)
         return answer

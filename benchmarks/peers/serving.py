@@ -13,6 +13,7 @@ tokens of what it would have said. A peer that cannot work here says why in one 
 and ends with status 2.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -20,6 +21,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 Emit = Callable[[list[int]], bool]
@@ -59,6 +61,15 @@ class Clock:
             "decode_seconds": self._last - first,
             "peak_rss_bytes": peak_rss(),
         }
+
+
+def parser(adapter: str) -> argparse.ArgumentParser:
+    """What every adapter is told on its command line."""
+    options = argparse.ArgumentParser(prog=f"benchmarks.peers.{adapter}")
+    options.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
+    options.add_argument("--folder", type=Path, required=True, help="for its own form of weights")
+    options.add_argument("--limit", type=int, required=True, help="bytes that it may use in all")
+    return options
 
 
 def serve(load: Callable[[], Answer], packages: Iterable[str]) -> int:

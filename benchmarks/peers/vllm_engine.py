@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""vLLM in the ways that it offers itself, and in ours: they differ in options only.
+"""vLLM in the ways that it offers itself, and in ours: they differ in options only."""
 
-python -m benchmarks.peers.vllm_engine WAY --model DIR
-"""
-
-import argparse
 import itertools
 import os
 import sys
@@ -17,7 +13,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.platforms import current_platform
 
-from benchmarks.peers.serving import Answer, CannotRunError, Emit, serve
+from benchmarks.peers.serving import Answer, CannotRunError, Emit, parser, serve
 
 SUBSPEC = {"method": "subspec", "resident_weights_gib": 0}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 5}
@@ -67,22 +63,15 @@ def load(way: str, model: Path, stores: Path) -> Answer:
                 if len(answered) > known:
                     wanted = emit(answered[known:])
                     known = len(answered)
-        engine.abort_request([name])
+        engine.abort_request([name], internal=True)
 
     return answer
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.peers.vllm_engine")
-    parser.add_argument("way", choices=WAYS)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--stores", type=Path, help="where SubSpec keeps its weight store")
-    arguments = parser.parse_args()
-    return serve(
-        lambda: load(arguments.way, arguments.model, arguments.stores),
-        ["vllm", "torch", "transformers"],
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    options = parser("vllm_engine")
+    options.add_argument("--way", choices=WAYS, required=True)
+    told = options.parse_args()
+    sys.exit(
+        serve(lambda: load(told.way, told.model, told.folder), ["vllm", "torch", "transformers"])
+    )
