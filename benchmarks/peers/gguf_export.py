@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -63,6 +62,8 @@ def read_bfloat16(checkpoint: Path) -> Iterator[tuple[str, Array]]:
 
 def export(checkpoint: Path, target: Path) -> None:
     """Write ``target`` atomically."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
     config = json.loads((checkpoint / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,15 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from benchmarks.peers import memory
+from benchmarks.peers.environments import LLAMA_CPP, TRANSFORMERS, Environment
+from benchmarks.peers.gguf_export import gguf_name, interleave_halves, read_bfloat16
 from benchmarks.peers.memory import (
     V1,
     V2,
@@ -26,6 +32,8 @@ from benchmarks.peers.serving import CannotRunError, Clock
 from benchmarks.peers.summary import first_difference, speed, summarize
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "pystd-6m"
+PROMPT = [5, 17, 33, 80, 100, 7, 9]
 
 V1_GROUPS = "9:name=systemd:/\n4:memory:/jobs/a\n3:cpu,cpuacct:/\n0::/\n"
 V1_MOUNTS = (
@@ -194,6 +202,67 @@ def test_a_waiting_peer_is_stopped(start):
 def test_why_a_peer_could_not_run(start, how: str, why: str):
     with pytest.raises(CannotRunError, match=why):
         start(how)
+
+
+@pytest.fixture(scope="module")
+def greedy() -> list[int]:
+    """What the model answers where nothing is offloaded."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+    text = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=4)
+    return text[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("environment", "adapter", "options"),
+    [
+        (TRANSFORMERS, "transformers_disk", []),
+        (TRANSFORMERS, "transformers_disk", ["--fill"]),
+        (TRANSFORMERS, "airllm_layers", []),
+        (LLAMA_CPP, "llama_cpp_mmap", []),
+    ],
+)
+def test_an_adapter_answers_as_the_model(
+    environment: Environment, adapter: str, options: list[str], greedy, tmp_path: Path
+):
+    try:
+        environment.require()
+    except CannotRunError as reason:
+        pytest.skip(str(reason))
+    limit = 1 << 30
+    told = ["--model", str(MODEL), "--folder", str(tmp_path), "--limit", str(limit), *options]
+    command = [str(environment.python), "-m", f"benchmarks.peers.{adapter}", *told]
+    try:
+        peer = PeerProcess(adapter, command, limit, os.environ, ROOT, tmp_path / "log")
+    except NoMemoryLimitError as reason:
+        pytest.skip(str(reason))
+    try:
+        assert peer.ask(PROMPT, 4, 60)["tokens"] == greedy
+    finally:
+        peer.close()
+
+
+def test_names_of_tensors_in_a_gguf_file():
+    assert gguf_name("model.layers.12.self_attn.o_proj.weight") == "blk.12.attn_output.weight"
+    assert gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert gguf_name("lm_head.weight") == "output.weight"
+
+
+def test_halves_of_heads_become_neighbours():
+    rows = np.arange(12, dtype=np.uint16).reshape(12, 1)
+    assert interleave_halves(rows, heads=2).ravel().tolist() == [
+        *(0, 3, 1, 4, 2, 5),
+        *(6, 9, 7, 10, 8, 11),
+    ]
+
+
+def test_a_checkpoint_is_read_bit_by_bit():
+    tensors = {}
+    for file in MODEL.glob("*.safetensors"):
+        tensors |= load_file(file)
+    read = dict(read_bfloat16(MODEL))
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert np.array_equal(read[name], tensor.view(torch.uint16).numpy())
 
 
 def test_a_clock_stops_at_the_wanted_number():
