@@ -32,7 +32,7 @@ from benchmarks.peers.summary import speed, summarize
 from benchmarks.session import BUILD, PROMPTS, checkpoint
 from scripts.cpu_env import cpu_environment, find_tcmalloc
 
-WARM_UP_TOKENS = 4
+WARM_UP_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,14 @@ def measure(
         "could_not_run": {
             name: {"what": PEERS[name].what, "why": why} for name, why in reasons.items()
         },
-        "answers": complete,
+        "answers": {name: [_row(answer) for answer in mine] for name, mine in complete.items()},
     }
+
+
+def _row(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer with its tokens on one line of the file."""
+    shown = {"tokens": " ".join(map(str, answer["tokens"])), "steps": len(answer["steps"])}
+    return {**answer, **shown, "tokens_per_second": speed(answer)}
 
 
 def main() -> int:

@@ -173,7 +173,7 @@ def test_a_peer_answers_prompt_by_prompt(start):
         assert answer["tokens"] == [first, first + 1, first + 2]
         assert answer["steps"] == [1, 1, 1]
         assert answer["decode_seconds"] >= 0.02
-        assert answer["peak_rss_bytes"] > 1 << 20
+        assert 1 << 20 < answer["peak_rss_bytes"] < 64 << 20  # Not what this process has.
 
 
 def test_a_slow_answer_is_cut_off(start):
