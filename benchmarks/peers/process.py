@@ -92,9 +92,11 @@ class PeerProcess:
         assert self._process.stdout is not None
         late = threading.Timer(seconds, self._process.kill)
         late.start()
-        line = self._process.stdout.readline()
-        waiting = late.is_alive()
-        late.cancel()
+        try:
+            line = self._process.stdout.readline()
+            waiting = late.is_alive()
+        finally:
+            late.cancel()
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
