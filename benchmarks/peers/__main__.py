@@ -6,6 +6,7 @@
     python -m benchmarks.peers                 # about ten minutes, as root or in a delegated group
 
 All peers are loaded, answer a short prompt each to warm up, and then take turns prompt by prompt.
+The default limit is less than the checkpoint alone, and little more than SubSpec needs to run it.
 Before each answer the model's files are dropped from the page cache. A way that needs seconds per
 token is cut off after ``--seconds``: its speed needs no more, as every token costs it the same.
 """
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -170,11 +172,11 @@ def main() -> int:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME")
     parser.add_argument("--gib", type=float, default=1.6, help="size of the checkpoint")
     parser.add_argument("--model", type=Path, help="a checkpoint, instead of one of --gib")
-    parser.add_argument("--memory-gib", type=float, default=1.5, help="limit of each peer")
+    parser.add_argument("--memory-gib", type=float, default=1.6, help="limit of each peer")
     parser.add_argument("--prompts", type=Path, help='JSON lines, each {"prompt": [token ids]}')
-    parser.add_argument("--count", type=int, default=4, help="use the first so many prompts")
+    parser.add_argument("--count", type=int, default=3, help="use the first so many prompts")
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=20, help="of decoding, per answer at most")
+    parser.add_argument("--seconds", type=float, default=15, help="of decoding, per answer at most")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "peers.json")
     arguments = parser.parse_args()
     model = (arguments.model or checkpoint(arguments.gib)).resolve()
@@ -187,6 +189,8 @@ def main() -> int:
     limit = int(arguments.memory_gib * 2**30)
     FOLDER.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
+    # `timeout` and the like shall end the peers too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         measured = measure(arguments.peers, model, prompts[: arguments.count], limit, arguments)
     except memory.NoMemoryLimitError as reason:
