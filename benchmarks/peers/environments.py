@@ -58,7 +58,7 @@ class Environment:
         with contextlib.suppress(CannotRunError):
             self.require()
             return
-        failure = self._install(FOLDER / self.name, FOLDER / f"{self.name}.log")
+        failure = self._install(FOLDER / self.name, FOLDER / f"{self.name}.install.log")
         state = {"requirements": self.requirements, "failure": failure}
         self._state.write_text(json.dumps(state))
         self.require()

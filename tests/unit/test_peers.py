@@ -256,7 +256,7 @@ def test_halves_of_heads_become_neighbours():
 
 
 def test_a_checkpoint_is_read_bit_by_bit():
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in MODEL.glob("*.safetensors"):
         tensors |= load_file(file)
     read = dict(read_bfloat16(MODEL))
