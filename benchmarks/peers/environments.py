@@ -4,8 +4,7 @@
 
     python -m benchmarks.peers.environments    # once; compiles llama.cpp
 
-They are kept apart because .venv shall hold what the plugin needs and nothing else: accelerate's
-mere presence changes how transformers loads a model.
+They are kept apart because .venv shall hold what the plugin needs and nothing else.
 """
 
 import contextlib
