@@ -25,14 +25,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks import report
+from benchmarks.checkpoints import BUILD, PROMPTS, checkpoint
 from benchmarks.peers import memory
 from benchmarks.peers.environments import FOLDER, LLAMA_CPP, ROOT, TRANSFORMERS, Environment
 from benchmarks.peers.process import PeerProcess
 from benchmarks.peers.serving import CannotRunError
 from benchmarks.peers.summary import speed, summarize
-from benchmarks.session import BUILD, PROMPTS, checkpoint
 from scripts.cpu_env import cpu_environment, find_tcmalloc
+from vllm_subspec.bench import environment
 
 WARM_UP_TOKENS = 2
 
@@ -200,7 +200,7 @@ def main() -> int:
         print("benchmarks.peers: interrupted, the peers are ended", file=sys.stderr)
         return 130
     result = {
-        "environment": report.environment(),
+        "environment": environment.describe(),
         "model": model.name,
         "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
         "memory_limit_bytes": limit,
@@ -210,7 +210,7 @@ def main() -> int:
         "run_seconds": time.perf_counter() - began,
         **measured,
     }
-    report.write(arguments.out, result)
+    environment.write(arguments.out, result)
     return 0
 
 
