@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from benchmarks.upscale.shape import (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.upscale",
         description=package.__doc__,
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--positions", type=int, default=1000, help="with --check (default: 1000, rounded up)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.layers is not None and arguments.width is None:
         parser.error("--layers goes with --width: --gib and --like choose the number of layers")
     return arguments
@@ -117,8 +118,12 @@ def check(arguments: argparse.Namespace) -> int:
     return 0 if enough else 1
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry the command out.
+
+    0; 1 where the check finds too little agreement; 2 after bad input (told on stderr).
+    """
+    arguments = parse_arguments(argv)
     try:
         return check(arguments) if arguments.check else make(arguments)
     except (OSError, ValueError) as error:

@@ -52,6 +52,8 @@ def compare(source: Path, upscaled: Path, positions: int = POSITIONS) -> Agreeme
     Raises:
         ValueError: one sentence: a checkpoint or its tokenizer cannot be used.
     """
+    for folder in (source, upscaled):
+        load_config(folder)
     tokens = text_windows(source, positions)
     small, large = best_tokens(source, tokens), best_tokens(upscaled, tokens)
     return Agreement(

@@ -27,12 +27,21 @@ from benchmarks.upscale.families import (
     outer_tensors,
     tensor_shapes,
 )
-from benchmarks.upscale.shape import DTYPES, GIB, Recipe, size_in_bytes, upscaled_config
+from benchmarks.upscale.shape import (
+    DTYPES,
+    GIB,
+    MAX_DEPTH_FACTOR,
+    Recipe,
+    size_in_bytes,
+    upscaled_config,
+)
 from benchmarks.upscale.shards import write_shards
 from benchmarks.upscale.tiling import layer_plan, widen
 from vllm_subspec.weights.checkpoint import tensor_files
 
-ADDED_NOISE = 1 / 32  # Noise of an added layer's residual outputs, over that of the other linears.
+# Noise of an added layer's residual outputs over that of the other linears, up to MAX_DEPTH_FACTOR;
+# beyond, it falls with the depth.
+ADDED_NOISE = 1 / 32
 RECIPE_FILE = "upscale.json"
 COPIED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
@@ -98,6 +107,8 @@ class Upscaled:
         self._recipe, self._dtype = recipe, dtype
         self._source = Source(source, small)
         self._tied = small.get("tie_word_embeddings", False)
+        deepest = MAX_DEPTH_FACTOR * small["num_hidden_layers"]
+        self._added = ADDED_NOISE * min(1, deepest / recipe.layers)
         self._plan = layer_plan(small["num_hidden_layers"], recipe.layers)
         self._outer, self._inner = outer_tensors(self.config), layer_tensors(self.config)
 
@@ -117,7 +128,7 @@ class Upscaled:
         copies = tuple(self._recipe.copies.get(d, 1) for d in self._inner[local])
         keep = keeps or module not in RESIDUAL_OUTPUTS
         if module in LINEARS and kind == "weight":
-            noise = self._recipe.noise if keep else self._recipe.noise * ADDED_NOISE
+            noise = self._recipe.noise * (1 if keep else self._added)
             # Seeded by name: a tensor does not depend on which were made before it.
             seed = self._recipe.seed ^ zlib.crc32(name.encode())
             outputs, inputs = copies
