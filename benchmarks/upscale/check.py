@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,18 @@ class Agreement:
     positions: int
     function: float
     """The upscaled model and its source."""
-    source_4bit: float
+    source_4bit: float | None = None
     """The source and its own 4-bit copy."""
-    upscaled_4bit: float
+    upscaled_4bit: float | None = None
     """The upscaled model and its own 4-bit copy."""
 
 
-def compare(source: Path, upscaled: Path, positions: int = POSITIONS) -> Agreement:
+def compare(
+    source: Path, upscaled: Path, positions: int = POSITIONS, copies: bool = True
+) -> Agreement:
     """Measure the agreement on at least `positions` positions of Python source text.
+
+    Without `copies` the 4-bit copies, which take most of the time, are left out.
 
     Raises:
         ValueError: one sentence: a checkpoint or its tokenizer cannot be used.
@@ -56,9 +60,11 @@ def compare(source: Path, upscaled: Path, positions: int = POSITIONS) -> Agreeme
         load_config(folder)
     tokens = text_windows(source, positions)
     small, large = best_tokens(source, tokens), best_tokens(upscaled, tokens)
-    return Agreement(
-        positions=tokens.numel(),
-        function=_share(small, large),
+    found = Agreement(tokens.numel(), _share(small, large))
+    if not copies:
+        return found
+    return replace(
+        found,
         source_4bit=_share(small, best_tokens(source, tokens, in_4_bits)),
         upscaled_4bit=_share(large, best_tokens(upscaled, tokens, in_4_bits)),
     )

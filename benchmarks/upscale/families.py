@@ -78,7 +78,7 @@ def load_config(source: Path) -> dict[str, Any]:
         ValueError: one sentence: there is none, or an architecture whose function tiling would not
             preserve.
     """
-    path = source / "config.json" if source.is_dir() or not source.is_file() else source
+    path = source if source.is_file() else source / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name the folder of a checkpoint")
     try:

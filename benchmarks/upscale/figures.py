@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "models" / "pystd-6m"
 RESULT = ROOT / "benchmarks" / "results" / "upscale.json"
 
-# (width, layers, noise). The source has 6 layers; 64 are those of a published 32B model.
-RECIPES = [
-    *((2, 6, noise) for noise in (0.0, 1.0, 2.5, 3.0)),
-    *((4, 6, noise) for noise in (0.0, 1.7, 2.5, 3.0)),
-    *((8, 6, noise) for noise in (0.0, 2.5, 3.0)),
-    *((2, 18, 1.0), (2, 64, 1.0)),
-]
 LARGE_GIB = 4.0
+# (width, layers, noise) by part. The source has 6 layers, a published 32B model has 64.
+RECIPES = {
+    "width-2": [(2, 6, noise) for noise in (0.0, 1.0, 2.5)],
+    "width-4": [(4, 6, noise) for noise in (0.0, 1.7, 2.5)],
+    "width-8": [(8, 6, noise) for noise in (0.0, 2.5, 3.0)],
+    "depth": [(2, layers, 1.0) for layers in (18, 64)],
+}
 
 
-def agreement(folder: Path) -> list[dict[str, Any]]:
-    """Of every recipe's checkpoint with the source, and of both with their 4-bit copies."""
+def agreement(recipes: Sequence[tuple[int, int, float]], folder: Path) -> list[dict[str, Any]]:
+    """Of each recipe's checkpoint with the source, and of both with their 4-bit copies."""
     found = []
-    for width, layers, noise in RECIPES:
+    for width, layers, noise in recipes:
         recipe = Recipe(SOURCE.name, width, layers, noise, 0, "bfloat16")
         out = folder / f"{width}x{layers}-{noise}"
         upscale(SOURCE, out, recipe)
@@ -69,7 +70,7 @@ def making(folder: Path) -> dict[str, Any]:
     }
 
 
-# The kernel's peak of one program's memory; getrusage's includes that of the one it was forked from.
+# The kernel's own peak: that of getrusage includes the program from which this one was forked.
 _PROGRAM = """
 import sys
 from benchmarks.upscale.__main__ import main
@@ -87,7 +88,9 @@ def _made(out: Path, *options: str) -> tuple[float, float]:
     return time.monotonic() - began, int(done.stdout.split()[-2]) / 1024
 
 
-PARTS: dict[str, Callable[[Path], Any]] = {"making": making, "agreement": agreement}
+PARTS: dict[str, Callable[[Path], Any]] = {"making": making} | {
+    part: partial(agreement, recipes) for part, recipes in RECIPES.items()
+}
 
 
 def main() -> int:
