@@ -79,10 +79,12 @@ def make(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.source)
     given = (arguments.noise, arguments.seed, arguments.dtype)
     like: dict[str, Any] | None = None
-    width, layers = arguments.width, arguments.layers or config["num_hidden_layers"]
+    width, layers = arguments.width, arguments.layers
     if arguments.gib is not None:
         width, layers = pick_shape(config, arguments.gib, arguments.dtype)
-    recipe = Recipe(arguments.source.name, width or 1, layers, *given, family=arguments.family)
+    if layers is None:
+        layers = config["num_hidden_layers"]
+    recipe = Recipe(arguments.source.name, width, layers, *given, family=arguments.family)
     if arguments.like is not None:
         like = load_config(arguments.like)
         recipe = shaped_like(recipe, config, like)

@@ -56,8 +56,9 @@ def compare(
     Raises:
         ValueError: one sentence: a checkpoint or its tokenizer cannot be used.
     """
-    for folder in (source, upscaled):
-        load_config(folder)
+    sizes = [load_config(folder)["vocab_size"] for folder in (source, upscaled)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{source} and {upscaled} have vocabularies of {sizes[0]} and {sizes[1]}")
     tokens = text_windows(source, positions)
     small, large = best_tokens(source, tokens), best_tokens(upscaled, tokens)
     found = Agreement(tokens.numel(), _share(small, large))
@@ -79,7 +80,11 @@ def text_windows(folder: Path, positions: int) -> Tensor:
     """int64 [windows, WINDOW]: the standard library's modules, by name, in the model's tokens."""
     if positions < 1:
         raise ValueError(f"--positions is {positions}: give a number above 0")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder} has no tokenizer that can be read: {reason}") from None
     windows = -(-positions // WINDOW)
     ids: list[int] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

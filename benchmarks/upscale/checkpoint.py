@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -101,6 +102,10 @@ class Upscaled:
                 f"width {recipe.width} and {recipe.layers} layers: a checkpoint can only grow from "
                 f"width 1 and {small['num_hidden_layers']} layers"
             )
+        if not 0 <= recipe.noise < math.inf:
+            raise ValueError(f"--noise is {recipe.noise}: give a number of 0 or more")
+        if not 0 <= recipe.seed < 1 << 32:
+            raise ValueError(f"--seed is {recipe.seed}: give a number from 0 to 2**32 - 1")
         self.config = upscaled_config(small, recipe)
         dtype = DTYPES[recipe.dtype]
         self.layout = {name: (dtype, shape) for name, shape in tensor_shapes(self.config).items()}

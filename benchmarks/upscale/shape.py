@@ -113,7 +113,7 @@ def pick_shape(config: dict[str, Any], gib: float, dtype: str) -> tuple[int, int
     Raises:
         ValueError: one sentence: the size is not above 0.
     """
-    if not gib > 0:
+    if not 0 < gib < math.inf:
         raise ValueError(f"--gib is {gib}: give a size above 0")
     source_layers = config["num_hidden_layers"]
 

@@ -288,6 +288,10 @@ def test_sources_that_are_refused(tmp_path: Path, changes: dict[str, Any], told:
     ("options", "told"),
     [
         (["--gib", "0"], "--gib is 0.0: give a size above 0"),
+        (["--gib", "inf"], "--gib is inf: give a size above 0"),
+        (["--width", "0"], "width 0 and 6 layers: a checkpoint can only grow"),
+        (["--width", "2", "--noise", "nan"], "--noise is nan: give a number of 0 or more"),
+        (["--width", "2", "--seed", "-1"], "--seed is -1: give a number from 0"),
         (["--gib", "1e6"], "GiB are missing"),
         (["--like", "nowhere"], "nowhere/config.json does not exist"),
         (["--like", str(CONFIGS / "qwen3-30b-a3b")], "model_type is 'qwen3_moe'"),
