@@ -16,6 +16,10 @@ ICLR 2016), for decoders with RMSNorm, rotary grouped-query attention and a gate
   error as large as in a model whose weights are all different. The head size, and so rotary
   embedding, softmax scale and norms of single heads, stay; query head c * heads + h reads KV head
   c * kv_heads + h // group, so tiling keeps the grouping. Biases are tiled as they are.
+- noise: it widens the range that 4 bits must cover by sqrt(1 + noise**2), and the sum over `inputs`
+  copies averages the error out by sqrt(inputs). So sqrt(inputs - 1) of noise leaves the error of
+  the source: 1 at width 2, 2.6 at width 8. Much more makes rounding differences between copies
+  grow. See results/upscale.json.
 - deeper: added layers have o_proj and down_proj of zero-sum noise alone, so what they add to the
   residual stream is zero. That noise is small (ADDED_NOISE): at full size each added layer would
   multiply the rounding differences between copies, and ten of them drown the function. Its relative
