@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--noise",
         type=float,
         default=2.5,
-        help="zero-sum noise in deviations of a tiled weight (default: 2.5); about sqrt(width - 1), "
+        help="zero-sum noise in deviations of a tiled weight (default: 2.5): about sqrt(width-1), "
         "2.5 to 3 at width 8, keeps a 4-bit copy as good as the source's is, 0 repeats tiles",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
