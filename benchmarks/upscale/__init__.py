@@ -17,13 +17,15 @@ ICLR 2016), for decoders with RMSNorm, rotary grouped-query attention and a gate
   embedding, softmax scale and norms of single heads, stay; query head c * heads + h reads KV head
   c * kv_heads + h // group, so tiling keeps the grouping. Biases are tiled as they are.
 - noise: it widens the range that 4 bits must cover by sqrt(1 + noise**2), and the sum over `inputs`
-  copies averages the error out by sqrt(inputs). So sqrt(inputs - 1) of noise leaves the error of
-  the source: 1 at width 2, 2.6 at width 8. Much more makes rounding differences between copies
-  grow. See results/upscale.json.
+  copies averages the error out by sqrt(inputs). So sqrt(inputs - 1) of noise, 1 at width 2 and 2.6
+  at width 8, leaves the error of a linear what it is in the source; a whole model agrees with its
+  4-bit copy somewhat better than the source does, as its layers average over copies too. Much more
+  noise makes rounding differences between copies grow. Measured: results/upscale.json.
 - deeper: added layers have o_proj and down_proj of zero-sum noise alone, so what they add to the
   residual stream is zero. That noise is small (ADDED_NOISE): at full size each added layer would
   multiply the rounding differences between copies, and ten of them drown the function. Its relative
   precision, which is what quantisation and compression see, does not depend on its size.
+  Beyond MAX_DEPTH_FACTOR it falls with the depth.
 - lm_head is untied: tiled embedding / width.
 - another family: Llama becomes Qwen2 with biases of zero, and Qwen2 becomes Llama with attention
   biases. Nothing becomes Qwen3, whose queries and keys lose their size.

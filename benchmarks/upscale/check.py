@@ -60,6 +60,8 @@ def compare(
     if sizes[0] != sizes[1]:
         raise ValueError(f"{source} and {upscaled} have vocabularies of {sizes[0]} and {sizes[1]}")
     tokens = text_windows(source, positions)
+    if not torch.equal(tokens, text_windows(upscaled, positions)):
+        raise ValueError(f"{upscaled} cuts text into other tokens than {source} does")
     small, large = best_tokens(source, tokens), best_tokens(upscaled, tokens)
     found = Agreement(tokens.numel(), _share(small, large))
     if not copies:

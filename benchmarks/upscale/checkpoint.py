@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.upscale.families import (
+    FAMILIES,
     LINEARS,
     RESIDUAL_OUTPUTS,
     layer_tensors,
@@ -48,6 +49,7 @@ COPIED_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
     *("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"),
 )
+_NO_CODE = {"AutoTokenizer": [None, None]}
 PART_ELEMENTS = 1 << 24  # Of an embedding or head that is made at a time.
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -204,3 +206,17 @@ def write_checkpoint(source: Path, out: Path, upscaled: Upscaled, recipe: Recipe
     for name in COPIED_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
+    kind = upscaled.config["model_type"]
+    if FAMILIES[kind].own_tokenizer and kind != load_config(source)["model_type"]:
+        _keep_tokenizer(out / "tokenizer_config.json")
+
+
+def _keep_tokenizer(path: Path) -> None:
+    """Have transformers read tokenizer.json as it is although the family has another tokenizer.
+
+    An entry for code of the checkpoint's own, which there is not, makes it believe the class named
+    beside it; without, 5.x takes the family's and cuts text into tokens the model never saw so.
+    """
+    held = json.loads(path.read_text()) if path.exists() else {}
+    kept = {"tokenizer_class": "TokenizersBackend"} | held | {"auto_map": _NO_CODE}
+    path.write_text(json.dumps(kept, indent=2) + "\n")

@@ -48,6 +48,8 @@ class Family:
     head_norms: tuple[str, ...] = ()
     head_dim_is_free: bool = True
     """Whether config.json may give a head size other than the hidden size over the heads."""
+    own_tokenizer: bool = False
+    """Whether transformers cuts text as this family does, whatever tokenizer.json says."""
 
     def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The linears that have a bias in a checkpoint with this configuration."""
@@ -61,7 +63,7 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM", optional_biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP}
     ),
-    "qwen2": Family("Qwen2ForCausalLM", biases=_QKV, head_dim_is_free=False),
+    "qwen2": Family("Qwen2ForCausalLM", biases=_QKV, head_dim_is_free=False, own_tokenizer=True),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         optional_biases={"attention_bias": _ATTENTION},

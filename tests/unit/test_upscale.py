@@ -145,6 +145,13 @@ def test_a_family_becomes_another(tmp_path: Path, family: str, kind: str) -> Non
     same_logits(source, out)
 
 
+def test_another_family_cuts_text_as_the_source_does(tmp_path: Path) -> None:
+    """transformers has a tokenizer of its own for Qwen2, which splits before indentation."""
+    out = tmp_path / "out"
+    upscale(SOURCE, out, Recipe("pystd-6m", 1, 6, 0.0, 0, "bfloat16", family="qwen2"))
+    assert torch.equal(text_windows(out, 1000), text_windows(SOURCE, 1000))
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "told"),
     [
