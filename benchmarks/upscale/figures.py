@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
 from benchmarks.upscale import Recipe, load_config, upscale
 from benchmarks.upscale.check import compare
 from benchmarks.upscale.shape import GIB, size_in_bytes, upscaled_config
+from vllm_subspec.bench import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "models" / "pystd-6m"
@@ -104,8 +104,8 @@ def main() -> int:
     for part in arguments.parts:
         with tempfile.TemporaryDirectory(dir=build) as folder:
             found = PARTS[part](Path(folder))
-        result[part] = {"environment": report.environment(), "found": found}
-        report.write(arguments.out, result)
+        result[part] = {"environment": environment.describe(), "found": found}
+        environment.write(arguments.out, result)
     return 0
 
 
