@@ -31,7 +31,7 @@ Given = dict[Any, Any]
 # Existing and not, file and folder, name and nonsense: none is asked of a model hub.
 PATHS = [MODEL, FOLDER, __file__, "/", ".", "~", "", " ", "./no", "../no", "~no/such", "a/b/c"]
 TEXTS = [*PATHS, "a\0b", "4" * 5000, "\ud800", "\n", '"', "auto", "none", "ngram", "model", "eagle"]
-NUMBERS = [-1, 0, 1, 2, 3, 8, 64, 65, 512, 513, 2**63, -(2**64), 10**400]
+NUMBERS: list[float] = [-1, 0, 1, 2, 3, 8, 64, 65, 512, 513, 2**63, -(2**64), 10**400]
 NUMBERS += [0.0, -0.0, 0.5, 1e308, 5e-324, float("nan"), float("inf"), True, False]
 LEAVES = st.sampled_from([None, *NUMBERS, *TEXTS]) | st.integers(-2, 70) | st.text(max_size=4)
 KEYS = st.sampled_from(TEXTS) | st.text(max_size=4)
@@ -47,7 +47,7 @@ def nested(depth: int) -> Any:
 
 
 SMALL = st.integers(1, 64)
-DRAFTERS = st.fixed_dictionaries(
+NGRAM = st.fixed_dictionaries(
     {"method": st.just("ngram")},
     optional={
         "depth": SMALL,
@@ -56,10 +56,13 @@ DRAFTERS = st.fixed_dictionaries(
         "prompt_lookup_min": st.integers(1, 5),
         "prompt_lookup_max": st.integers(5, 64),
     },
-) | st.fixed_dictionaries(
+)
+DRAFT_MODEL = st.fixed_dictionaries(
     {"method": st.just("draft_model"), "model": st.just(MODEL)},
     optional={"depth": SMALL, "branching": SMALL, "nodes": SMALL},
 )
+# Few with models: vLLM reads the configuration of each.
+DRAFTERS = st.integers(0, 7).flatmap(lambda i: NGRAM if i else DRAFT_MODEL)
 COMMON: dict[str, st.SearchStrategy[Any]] = {
     "num_speculative_tokens": st.integers(1, 512),
     "pruning": st.sampled_from(["dynamic", "none"]),
@@ -85,7 +88,7 @@ VALID: dict[str, st.SearchStrategy[Given]] = {
     ),
     "hierspec": st.fixed_dictionaries(
         {"drafter": DRAFTERS},
-        optional={**COMMON, "intermediate": st.sampled_from([None, MODEL])},
+        optional={**COMMON, "intermediate": st.sampled_from([None] * 7 + [MODEL])},
     ),
 }
 

@@ -118,39 +118,41 @@ def compact(body: Any) -> bytes:
 # ---- what is done to the bytes
 
 
-def flip(draw: st.DrawFn, raw: bytes) -> bytes:
-    at = draw(st.integers(0, len(raw) * 8 - 1))
+def flip(data: st.DataObject, raw: bytes) -> bytes:
+    at = data.draw(st.integers(0, len(raw) * 8 - 1))
     changed = bytearray(raw)
     changed[at // 8] ^= 1 << at % 8
     return bytes(changed)
 
 
-def cut(draw: st.DrawFn, raw: bytes) -> bytes:
-    return raw[: draw(st.integers(0, len(raw) - 1) | st.sampled_from(range(0, len(raw), PAGE)))]
+def cut(data: st.DataObject, raw: bytes) -> bytes:
+    return raw[
+        : data.draw(st.integers(0, len(raw) - 1) | st.sampled_from(range(0, len(raw), PAGE)))
+    ]
 
 
-def extend(draw: st.DrawFn, raw: bytes) -> bytes:
-    return raw + bytes(draw(st.sampled_from([1, 511, PAGE, 2 * PAGE])))
+def extend(data: st.DataObject, raw: bytes) -> bytes:
+    return raw + bytes(data.draw(st.sampled_from([1, 511, PAGE, 2 * PAGE])))
 
 
-def zero(draw: st.DrawFn, raw: bytes) -> bytes:
+def zero(data: st.DataObject, raw: bytes) -> bytes:
     """A page that was reserved and never written."""
-    at = draw(st.sampled_from(range(0, len(raw), PAGE)))
+    at = data.draw(st.sampled_from(range(0, len(raw), PAGE)))
     return raw[:at] + bytes(PAGE) + raw[at + PAGE :]
 
 
-def swap(draw: st.DrawFn, raw: bytes) -> bytes:
+def swap(data: st.DataObject, raw: bytes) -> bytes:
     """Two pages in each other's place."""
     pages = [raw[at : at + PAGE] for at in range(0, len(raw), PAGE)]
-    i, j = (draw(st.integers(0, len(pages) - 1)) for _ in range(2))
+    i, j = (data.draw(st.integers(0, len(pages) - 1)) for _ in range(2))
     pages[i], pages[j] = pages[j], pages[i]
     return b"".join(pages)
 
 
-def claim(draw: st.DrawFn, raw: bytes) -> bytes:
+def claim(data: st.DataObject, raw: bytes) -> bytes:
     """Another number among the fields before the JSON."""
-    at = draw(st.sampled_from([8, 12, 16, 20]))
-    value = draw(st.sampled_from([0, 1, 2, 23, 2**24, 2**31, 2**32 - 1]))
+    at = data.draw(st.sampled_from([8, 12, 16, 20]))
+    value = data.draw(st.sampled_from([0, 1, 2, 23, 2**24, 2**31, 2**32 - 1]))
     return raw[:at] + struct.pack("<I", value) + raw[at + 4 :]
 
 
@@ -171,40 +173,42 @@ JSON = st.recursive(
 )
 
 
-def header(draw: st.DrawFn, raw: bytes) -> bytes:
+def header(data: st.DataObject, raw: bytes) -> bytes:
     """One value of the header is another one: of any kind, huge, negative, a neighbour's."""
     body, blocks = header_of(raw)
     places = nodes(body)
-    holder, key = draw(st.sampled_from(places))
-    other, its = draw(st.sampled_from(places))
-    holder[key] = draw(JSON | st.sampled_from(HUGE) | st.just(json.loads(json.dumps(other[its]))))
+    holder, key = data.draw(st.sampled_from(places))
+    other, its = data.draw(st.sampled_from(places))
+    holder[key] = data.draw(
+        JSON | st.sampled_from(HUGE) | st.just(json.loads(json.dumps(other[its])))
+    )
     return sealed(compact(body), blocks)
 
 
-def forget(draw: st.DrawFn, raw: bytes) -> bytes:
+def forget(data: st.DataObject, raw: bytes) -> bytes:
     """A value too few, or twice."""
     body, blocks = header_of(raw)
-    holder, key = draw(st.sampled_from(nodes(body)))
-    if isinstance(holder, list) and draw(st.booleans()):
+    holder, key = data.draw(st.sampled_from(nodes(body)))
+    if isinstance(holder, list) and data.draw(st.booleans()):
         holder.insert(key, holder[key])
     else:
         del holder[key]
     return sealed(compact(body), blocks)
 
 
-def text(draw: st.DrawFn, raw: bytes) -> bytes:
+def text(data: st.DataObject, raw: bytes) -> bytes:
     """What is no JSON, or no longer."""
     body, blocks = header_of(raw)
     whole = compact(body)
-    at = draw(st.integers(0, len(whole)))
-    junk = draw(
+    at = data.draw(st.integers(0, len(whole)))
+    junk = data.draw(
         st.binary(max_size=8)
         | st.sampled_from([b"[" * 5000, b'{"a":' * 5000, b"9" * 9000, b"NaN", b" ", b"\0"])
     )
     return sealed(whole[:at] + junk + whole[at:], blocks)
 
 
-CHANGES: dict[str, Callable[[st.DrawFn, bytes], bytes]] = {
+CHANGES: dict[str, Callable[[st.DataObject, bytes], bytes]] = {
     change.__name__: change
     for change in (flip, cut, extend, zero, swap, claim, header, forget, text)
 }
@@ -227,7 +231,7 @@ def test_damage_is_refused_or_harmless(
     )
     @given(data=st.data())
     def damage(data: st.DataObject) -> None:
-        changed = CHANGES[change](data.draw, raw)
+        changed = CHANGES[change](data, raw)
         path.write_bytes(changed)
         found = outcome(path, content)
         seen[found] += 1
