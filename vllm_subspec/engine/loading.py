@@ -216,7 +216,8 @@ class Loading:
             source = HostSource([self._host_blocks[layer.block] for layer in streamed])
             self._host_blocks.clear()
         slots = [_slot(max(sizes), self._device) for _ in range(self.plan.ring_layers)]
-        patience = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
+        # Half: vLLM gives up a worker process after the whole, and would not know why.
+        patience = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS / 2
         transfer: Transfer
         if self._device.type == "cuda":
             pinned = isinstance(source, HostSource)

@@ -23,7 +23,7 @@ import torch
 
 from vllm_subspec.weights.store import StoreReadError
 
-PATIENCE = 300.0
+PATIENCE = 150.0
 """Seconds that a block may take, unless told otherwise."""
 
 
@@ -205,7 +205,7 @@ class BackgroundReads:
             raise ReaderStalledError(
                 f"a streamed weight has not arrived in {self._patience:g} s: the disk hangs, or "
                 "its reader has died; check the disk and restart "
-                "(VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS sets this limit)"
+                "(VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS is twice this limit)"
             )
         pending.result()
 
