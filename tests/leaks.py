@@ -13,6 +13,8 @@ MB_PER_MINUTE = 1.0
 """Growth of the resident memory that is no leak: allocators and caches settle slowly."""
 LEAST_MB = 16.0
 """Growth that says nothing, however short the time."""
+LEAST_MINUTES = 2.0
+"""In a shorter time memory and threads are still being taken for the first time."""
 
 
 class Sample(NamedTuple):
@@ -61,15 +63,17 @@ class Leaks:
 
     def found(self) -> list[str]:
         """What grew, a sentence each."""
-        begin, end, grown = self.warm[0], self.warm[-1], self.mb_per_minute * self.minutes
+        begin, end = self.warm[0], self.warm[-1]
         sentences = []
-        if grown > max(MB_PER_MINUTE * self.minutes, LEAST_MB):
+        if end.files > begin.files:
+            sentences.append(f"{end.files} open files, {begin.files} after the warm-up")
+        if self.minutes < LEAST_MINUTES:
+            return sentences
+        if end.threads > begin.threads:
+            sentences.append(f"{end.threads} threads, {begin.threads} after the warm-up")
+        if self.mb_per_minute * self.minutes > max(MB_PER_MINUTE * self.minutes, LEAST_MB):
             sentences.append(
                 f"the resident memory grew by {self.mb_per_minute:.2f} MB/min over "
                 f"{self.minutes:.1f} minutes"
             )
-        for name in ("files", "threads"):
-            before, after = getattr(begin, name), getattr(end, name)
-            if after > before:
-                sentences.append(f"{after} open {name}, {before} after the warm-up")
         return sentences
