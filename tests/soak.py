@@ -2,17 +2,19 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Random requests, with token trees and without speculation: not one token may differ.
 
-    python -m tests.soak [--requests 10000] [--minutes 12] [--seed 0]
+    python -m tests.soak [--requests 10000] [--minutes 12] [--seed 0] [--repeat]
 
 Short prompts with common prefixes, greedy and sampled (with seeds: then sampled text is a fixed
 function of the prompt too), all the sampling parameters, structured output, stop strings, tiny
 batches, few KV blocks (preemption), a token budget that cuts trees, aborts at random moments; from
 round to round another branching, depth and pruning. float32. An aborted request must have emitted
-a prefix of its answer. Ends with status 1 at the first difference.
+a prefix of its answer. Four times as many requests are sent as the engine runs at once. Ends with
+status 1 at the first difference, or if pages, memory, files or threads were gathered meanwhile.
 """
 
 import argparse
 import gc
+import itertools
 import os
 import random
 import sys
@@ -30,6 +32,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from tqdm import tqdm
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+
+from tests.leaks import Leaks
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "pystd-1m"
 ENGINE: dict[str, Any] = {
@@ -107,18 +111,21 @@ def parameters(rng: random.Random, number: int, tokenizer: Any) -> SamplingParam
     return SamplingParams(**given)
 
 
+Got = tuple[tuple[int, ...], bool]
+"""A request's tokens, and whether it ended by itself."""
+
+
 class Engine:
     """An engine that answers requests, some of which are aborted."""
 
     def __init__(self, speculative: dict[str, Any] | None) -> None:
         self.llm = LLM(**ENGINE, speculative_config=speculative)
 
-    def answer(self, asked: Sequence[Asked]) -> list[tuple[tuple[int, ...], bool]]:
-        """Of each request its tokens, and whether it ended by itself."""
+    def answer(self, asked: Sequence[Asked]) -> list[Got]:
         engine = self.llm.llm_engine
         for i, request in enumerate(asked):
             engine.add_request(str(i), {"prompt_token_ids": request.prompt}, request.params)
-        answers: list[tuple[tuple[int, ...], bool]] = [((), False)] * len(asked)
+        answers: list[Got] = [((), False)] * len(asked)
         step = 0
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -130,13 +137,22 @@ class Engine:
                 engine.abort_request(due)
         return answers
 
+    def kept(self) -> str | None:
+        """What an idle engine still holds of requests that have ended; None is right."""
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        taken = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
+        if taken or scheduler.requests:
+            return f"{taken} pages and {len(scheduler.requests)} requests"
+        return None
+
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
 
 
-def differs(plain: tuple[tuple[int, ...], bool], drafted: tuple[tuple[int, ...], bool]) -> bool:
+def differs(plain: Got, drafted: Got) -> bool:
     """Whether two answers contradict each other: one may be a part of the other only if it, or
     the other, was aborted."""
     (a, a_ended), (b, b_ended) = plain, drafted
@@ -146,32 +162,61 @@ def differs(plain: tuple[tuple[int, ...], bool], drafted: tuple[tuple[int, ...],
     return long[: len(short)] != short or (a_ended and len(b) > len(a))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--minutes", type=float, default=12.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--wave", type=int, default=24, help="requests that are sent at once")
-    args = parser.parse_args()
-    ends = time.monotonic() + 60 * args.minutes
+@dataclass
+class Soak:
+    """The run.
 
-    engine = Engine(None)
-    made = requests(args.requests, args.seed, engine.llm.get_tokenizer())
-    waves = [made[i : i + args.wave] for i in range(0, len(made), args.wave)]
-    plain = []
-    half = time.monotonic() + 0.3 * (ends - time.monotonic())
-    for wave in tqdm(waves, desc="without speculation", unit="wave"):
-        if time.monotonic() > half:
-            break
-        plain.append(engine.answer(wave))
-    engine.close()
+    Args:
+        wave: requests that are sent at once.
+        repeat: begin again at the first request while there is time.
+    """
 
-    rng = random.Random(args.seed)
-    compared = emitted = 0
-    with tempfile.TemporaryDirectory() as store:
-        engine = Engine({**SUBSPEC, "store_dir": store})
-        pairs = list(zip(waves, plain, strict=False))
-        for wave, expected in tqdm(pairs, desc="drafting", unit="wave"):
+    requests: int = 10_000
+    minutes: float = 12.0
+    seed: int = 0
+    wave: int = 24
+    repeat: bool = False
+
+    def __post_init__(self) -> None:
+        self.compared = self.emitted = 0
+        self.tau = 0.0
+        self.leaks = Leaks()
+
+    def run(self) -> str | None:
+        """What is wrong; None if nothing is."""
+        ends = time.monotonic() + 60 * self.minutes
+        pairs = self._plain(ends)
+        with tempfile.TemporaryDirectory() as store:
+            engine = Engine({**SUBSPEC, "store_dir": store})
+            try:
+                wrong = self._compare(engine, pairs, ends)
+                stats = engine.llm.collective_rpc("drafting_stats")[0]
+            finally:
+                engine.close()
+        self.tau = stats["emitted_tokens"] / max(1, stats["request_rounds"])
+        return wrong or "; ".join(self.leaks.found()) or None
+
+    def _plain(self, ends: float) -> list[tuple[list[Asked], list[Got]]]:
+        """Waves, and what an engine without speculation answers them."""
+        engine = Engine(None)
+        made = requests(self.requests, self.seed, engine.llm.get_tokenizer())
+        waves = [made[i : i + self.wave] for i in range(0, len(made), self.wave)]
+        pairs = []
+        share = 0.1 if self.repeat else 0.3
+        enough = time.monotonic() + share * (ends - time.monotonic())
+        for wave in tqdm(waves, desc="without speculation", unit="wave"):
+            if time.monotonic() > enough:
+                break
+            pairs.append((wave, engine.answer(wave)))
+        engine.close()
+        return pairs
+
+    def _compare(
+        self, engine: Engine, pairs: Sequence[tuple[list[Asked], list[Got]]], ends: float
+    ) -> str | None:
+        rng = random.Random(self.seed)
+        rounds = itertools.cycle(pairs) if self.repeat else pairs
+        for wave, expected in tqdm(rounds, desc="drafting", unit="wave"):
             if time.monotonic() > ends:
                 break
             way = {
@@ -182,17 +227,37 @@ def main() -> int:
             }
             engine.llm.collective_rpc("set_drafting", kwargs=way)
             for request, a, b in zip(wave, expected, engine.answer(wave), strict=True):
-                compared += 1
-                emitted += len(b[0])
+                self.compared += 1
+                self.emitted += len(b[0])
                 if differs(a, b):
-                    print(f"DIFFERENT with {way}: {request}\n{a}\n{b}", file=sys.stderr)
-                    return 1
-        stats = engine.llm.collective_rpc("drafting_stats")[0]
-        engine.close()
-    tau = stats["emitted_tokens"] / max(1, stats["request_rounds"])
-    print(f"{compared} requests, {emitted} tokens, no difference; tau {tau:.2f} in full batches")
-    if compared < args.requests:
-        print(f"the time of {args.minutes:g} minutes ended before all {args.requests} requests")
+                    return f"DIFFERENT with {way}: {request}\n{a}\n{b}"
+            if kept := engine.kept():
+                return f"an idle engine keeps {kept}"
+            self.leaks.sample()
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=Soak.requests)
+    parser.add_argument("--minutes", type=float, default=Soak.minutes)
+    parser.add_argument("--seed", type=int, default=Soak.seed)
+    parser.add_argument("--wave", type=int, default=Soak.wave, help="requests sent at once")
+    parser.add_argument("--repeat", action="store_true", help="until the minutes are over")
+    soak = Soak(**vars(parser.parse_args()))
+    wrong = soak.run()
+    leaks = soak.leaks
+    print(f"{soak.compared} requests, {soak.emitted} tokens; tau {soak.tau:.2f} in full batches")
+    print(
+        f"{leaks.mb_per_minute:+.2f} MB/min over the last {leaks.minutes:.1f} minutes, "
+        f"{leaks.samples[-1].files} files, {leaks.samples[-1].threads} threads"
+    )
+    if wrong:
+        print(wrong, file=sys.stderr)
+        return 1
+    print("no difference, nothing gathered")
+    if soak.compared < soak.requests:
+        print(f"the time of {soak.minutes:g} minutes ended before all {soak.requests} requests")
     return 0
 
 

@@ -27,6 +27,18 @@ from pydantic import (
 MAX_SPECULATIVE_TOKENS = 512
 
 
+LONGEST_SHOWN = 120
+
+
+def shown(value: object) -> str:
+    """``value`` as a message shows it: on one line, and short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of lists in lists
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
 def _list_to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -36,11 +48,17 @@ def _looks_local(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or path in (".", "..") or path.count("/") > 1
 
 
+def _absolute(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("no path")
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def _directory_or_name(value: str | None) -> str | None:
     """An existing directory becomes absolute; what can only be a directory must exist."""
     if value is None:
         return None
-    path = os.path.abspath(os.path.expanduser(value))
+    path = _absolute(value)
     if os.path.isdir(path):
         return path
     if _looks_local(value):
@@ -56,9 +74,8 @@ def _refuse_unknown(
         near = difflib.get_close_matches(str(unknown[0]), model.model_fields, n=1)
         hint = f'did you mean "{prefix}{near[0]}"?' if near else ""
         hint = hint or f"known: {', '.join(prefix + name for name in model.model_fields)}"
-        raise ValueError(
-            f'speculative_config has no key "{prefix}{unknown[0]}" for {method}; {hint}'
-        )
+        key = shown(f"{prefix}{unknown[0]}")[1:-1]  # without the quotes; on one line, though
+        raise ValueError(f'speculative_config has no key "{key}" for {method}; {hint}')
 
 
 LayerIndices = Annotated[
@@ -211,10 +228,7 @@ class DraftingOptions(BaseModel, ABC):
             key = f"drafter.{inner}"
         if first["type"] == "missing":
             return f'speculative_config key "{key}" is missing; allowed: {field.description}'
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
-        return f'speculative_config key "{key}" is {shown}; allowed: {field.description}'
+        return f'speculative_config key "{key}" is {shown(value)}; allowed: {field.description}'
 
     def to_json_dict(self) -> dict[str, Any]:
         """JSON-serialisable form of every option; ``parse`` of it gives an equal object."""
@@ -312,7 +326,7 @@ class SubspecOptions(DraftingOptions):
     def _absolute_store(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        path = os.path.abspath(os.path.expanduser(value))
+        path = _absolute(value)
         if os.path.exists(path) and not os.path.isdir(path):
             raise ValueError("not a directory")
         return path

@@ -3,29 +3,19 @@
 """`vllm serve` as a user starts it, asked through the `openai` client."""
 
 import contextlib
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import openai
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.helpers import DEFAULTS, MODEL, ROUGH, Answer, Engines, encode, greedy
+from tests.engine.helpers import ROUGH, Answer, Engines, encode, greedy
+from tests.engine.serving import TOKENS, Server, launched
 
-START_SECONDS = 120
-STOP_SECONDS = 30
-TEMPLATE = Path(__file__).parent / "data" / "chat.jinja"
 TEXTS = [
     "def parse(text):\n    ",
     "import os\nimport sys\n\n\ndef main(",
@@ -34,57 +24,7 @@ TEXTS = [
 ]
 MESSAGES = [{"role": "user", "content": "add two numbers"}]
 CHAT = "# user: add two numbers\ndef "
-TOKENS = 48
 SEEDS = (5, 6)
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-    store: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60, max_retries=0)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
-            return str(reply.read().decode())
-
-    def counter(self, name: str) -> float:
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
-        assert lines, f"no {name} in /metrics"
-        return sum(float(line.split()[-1]) for line in lines)
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            try:
-                self.get("/health")
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        tail = self.log.read_text(errors="replace")[-4000:]
-        pytest.fail(f"the server did not start (exit status {self.process.poll()}):\n{tail}")
-
-    def complete(self, text: str, **settings: object) -> str:
-        reply = self.client().completions.create(
-            model="pystd", prompt=text, max_tokens=TOKENS, temperature=0, **settings
-        )
-        return str(reply.choices[0].text)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -115,34 +55,9 @@ def server(
 ) -> Iterator[Server]:
     engines.close()
     folder = tmp_path_factory.mktemp("serve")
-    port = free_port()
-    environment = dict(os.environ)
-    # The front end and the engine are two processes, as they are for users.
-    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    environment.pop("VLLM_LOGGING_LEVEL")
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(MODEL)]
-    command += ["--speculative-config", json.dumps({**ROUGH, "store_dir": str(folder / "store")})]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pystd"]
-    command += ["--dtype", "float32", "--enforce-eager", "--chat-template", str(TEMPLATE)]
-    for option in ("max_model_len", "block_size", "kv_cache_memory_bytes", "max_num_seqs"):
-        command += [f"--{option.replace('_', '-')}", str(DEFAULTS[option])]
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its engine can be ended with it
-        )
-    running = Server(process, port, log, folder / "store")
-    try:
-        running.wait_until_ready()
-        yield running
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with launched(folder, ["--shutdown-timeout", "60"]) as server:
+        server.wait_until_ready()
+        yield server
 
 
 def test_completion(server: Server, expected: dict[str, Answer]) -> None:
@@ -271,15 +186,16 @@ def test_unreadable_file(server: Server, expected: dict[str, Answer]) -> None:
     assert "was truncated while in use" in server.log.read_text()
 
 
-def test_sigterm_ends_it(server: Server) -> None:
-    """Last: it ends the module's server."""
+def test_sigterm_drains(server: Server) -> None:
+    """Last: it ends the module's server, which finishes what it has begun and begins no more."""
+    settings = {"model": "pystd", "prompt": TEXTS[0], "max_tokens": 160, "temperature": 0}
+    settings["extra_body"] = {"ignore_eos": True}
+    whole = server.client().completions.create(**settings).choices[0].text
+    stream = iter(server.client().completions.create(**settings, stream=True))
+    chunks = [next(stream).choices[0].text]
     server.process.send_signal(signal.SIGTERM)
-    server.process.wait(STOP_SECONDS)
-    deadline = time.monotonic() + 10
-    while True:  # its engine too
-        try:
-            os.killpg(server.process.pid, 0)
-        except ProcessLookupError:
-            break
-        assert time.monotonic() < deadline, "a process of the server is left"
-        time.sleep(0.2)
+    chunks += [chunk.choices[0].text for chunk in stream]
+    assert "".join(chunks) == whole and len(chunks) > 10
+    with pytest.raises(openai.APIError):
+        server.complete(TEXTS[1])
+    assert server.wait_until_gone() == 0

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The weight store from one start of the engine to the next."""
 
+import itertools
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from tests.engine.helpers import (
     source_prompts,
     worker_of,
 )
+from vllm_subspec.engine import loading
 from vllm_subspec.weights.store import StoreError
 
 PROMPTS = source_prompts(4, 10, 60)
@@ -199,6 +202,50 @@ def test_the_second_start_reads_the_store_only(
     assert not worker_of(second).loading._host_blocks  # nothing came from the checkpoint
     assert generate(second, PROMPTS, PARAMS) == expected
     assert only_store(tmp_path / "store").stat().st_mtime_ns == written.st_mtime_ns
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory looks large enough, but only two blocks can be had."""
+    monkeypatch.setattr(loading, "choose_tier", lambda *_: "host")
+    allocate, taken = loading._host_block, itertools.count()
+
+    def host_block(*args: Any) -> torch.Tensor:
+        if next(taken) >= 2:
+            raise MemoryError("cannot page-lock 1 bytes")
+        return allocate(*args)
+
+    monkeypatch.setattr(loading, "_host_block", host_block)
+
+
+@pytest.mark.parametrize("before", ["no store", "a store"])
+def test_memory_that_runs_out_falls_to_the_disk(
+    engines: Engines,
+    sound: Path,
+    expected: list[Answer],
+    tmp_path: Path,
+    messages: Callable[[], str],
+    short_of_memory: None,
+    before: str,
+) -> None:
+    folder = tmp_path / "store"
+    if before == "a store":
+        shutil.copytree(sound, folder)
+    llm = start(engines, folder)
+    assert "from disk, not from host memory: cannot page-lock 1 bytes" in messages()
+    assert not worker_of(llm).loading._host_blocks
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    assert only_store(folder).read_bytes() == only_store(sound).read_bytes()
+
+
+def test_memory_that_runs_out_is_refused_where_it_was_asked_for(
+    engines: Engines, tmp_path: Path, short_of_memory: None
+) -> None:
+    engines.close()
+    host = {**ROUGH, "store_dir": str(tmp_path), "weight_source": "host"}
+    with pytest.raises(MemoryError, match='1 bytes, or set "weight_source" to "disk"'):
+        engines.get(host)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_dir_that_cannot_be_made(engines: Engines, tmp_path: Path) -> None:

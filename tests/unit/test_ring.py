@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_subspec.weights.ring import HostSource, Ring, ThreadTransfer
+from vllm_subspec.weights.ring import HostSource, ReaderStalledError, Ring, ThreadTransfer
 from vllm_subspec.weights.store import StoreReadError
 
 NBYTES = 64
@@ -120,6 +120,38 @@ def test_an_unreadable_block_fails_its_pass_only(failing: int) -> None:
     assert all(run_pass(ring, buffers, 6))
     assert ring.take_failure() is None
     ring.close()
+
+
+def test_a_read_that_never_ends_is_given_up() -> None:
+    """It may still write into its slot: that is no failure of one pass, and nothing waits for it
+    any more."""
+
+    class Stuck(SlowSource):
+        ended = threading.Event()
+
+        def read(
+            self, index: int, out: torch.Tensor, cancel: threading.Event | None = None
+        ) -> None:
+            if index == 3:
+                self.ended.wait()
+            super().read(index, out)
+
+        def close(self) -> None:
+            raise AssertionError("closed under its reader")
+
+    buffers = [torch.zeros(NBYTES, dtype=torch.uint8) for _ in range(2)]
+    sizes = [NBYTES] * 5
+    ring = Ring(ThreadTransfer(Stuck(), buffers, sizes, patience=0.2), sizes, 2)
+    try:
+        assert all(run_pass(ring, buffers, 3))
+        begin = time.monotonic()
+        with pytest.raises(ReaderStalledError, match="not arrived in 0.2 s.* restart"):
+            ring.wait(3)
+        ring.close()
+        assert time.monotonic() - begin < 5
+        assert ring.take_failure() is None
+    finally:
+        Stuck.ended.set()
 
 
 def test_host_source_serves_its_blocks() -> None:

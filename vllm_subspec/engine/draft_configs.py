@@ -70,6 +70,8 @@ def _readable(
         reason = (said.strip() or repr(error)).splitlines()[0].removeprefix("Value error, ")
         if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
             reason = "it has no config.json"
+        elif "trust_remote_code" in said:
+            reason = "it brings code of its own; --trust-remote-code runs it, if you trust it"
         reason = reason.rstrip(".")
         raise ValueError(
             f'speculative_config key "{key}" is {model!r}, which cannot be read: {reason}'

@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -127,19 +128,22 @@ class Loading:
         if self._tier() == "host":
             logger.info("Streaming from host memory")
             return False
-        blocks = [layer.layout for layer in streamed]
-        identity = self._identity()
+        self._open_store()
+        self.store_reused = self._store is not None
+        return self.store_reused
+
+    def _open_store(self) -> None:
+        """A sound store, or a writer of a new one."""
+        blocks = [layer.layout for layer in self.offloader.streamed]
         folder = self._options.store_path()
         self.store_path = str(folder / store_name(self._config, self._rank))
-        opened = open_or_create(self.store_path, identity, blocks)
+        opened = open_or_create(self.store_path, self._identity(), blocks)
         if isinstance(opened, WeightStore):
             logger.info("Streaming from the weight store %s", self.store_path)
             self._store = opened
-            self.store_reused = True
-            return True
-        logger.info("Writing the weight store %s", self.store_path)
-        self._writer = opened.__enter__()
-        return False
+        else:
+            logger.info("Writing the weight store %s", self.store_path)
+            self._writer = opened.__enter__()
 
     def _identity(self) -> dict[str, str | int]:
         order = self.offloader.streamed[0].order
@@ -156,13 +160,31 @@ class Loading:
     def _absorb(self, layer: StreamedLayer) -> None:
         self._substitute(layer.loaded())
         kept = layer.kept()
+        if self.store_path is None:
+            try:
+                block = _host_block(layer.layout, self._device)
+            except MemoryError as error:
+                if self._options.weight_source == "host":
+                    raise MemoryError(f'{error}, or set "weight_source" to "disk"') from error
+                self._move_to_disk(error)
+            else:
+                for name, view in layer.layout.views(block).items():
+                    view.copy_(kept[name])
+                self._host_blocks[layer.block] = block
+                return
         if self._writer is not None:
             self._writer.write_block(layer.block, kept)
-        else:
-            block = _host_block(layer.layout, self._device)
-            for name, view in layer.layout.views(block).items():
-                view.copy_(kept[name])
-            self._host_blocks[layer.block] = block
+
+    def _move_to_disk(self, reason: MemoryError) -> None:
+        """What is left of the host's memory was less than it said: the next tier holds more."""
+        logger.warning("Streaming from disk, not from host memory: %s", reason)
+        self._open_store()
+        for index, block in self._host_blocks.items():
+            if self._writer is not None:
+                layout = self.offloader.streamed[index].layout
+                self._writer.write_block(index, layout.views(block))
+            _unpin(block)
+        self._host_blocks.clear()
 
     def _substitute_resident(self, module: nn.Module) -> None:
         part = self._resident_substituted.get(module)
@@ -196,13 +218,15 @@ class Loading:
             source = HostSource([self._host_blocks[layer.block] for layer in streamed])
             self._host_blocks.clear()
         slots = [_slot(max(sizes), self._device) for _ in range(self.plan.ring_layers)]
+        # Half: vLLM gives up a worker process after the whole, and would not know why.
+        patience = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS / 2
         transfer: Transfer
         if self._device.type == "cuda":
             pinned = isinstance(source, HostSource)
             staging = [] if pinned else [_pinned(aligned_buffer(max(sizes))) for _ in range(2)]
-            transfer = CudaTransfer(source, slots, sizes, staging)
+            transfer = CudaTransfer(source, slots, sizes, staging, patience)
         else:
-            transfer = ThreadTransfer(source, slots, sizes)
+            transfer = ThreadTransfer(source, slots, sizes, patience)
         self.ring = Ring(transfer, sizes, len(slots))
         self.offloader.attach(self.ring, slots)
         context = self._config.compilation_config.static_forward_context
@@ -256,8 +280,16 @@ def _pinned(buffer: torch.Tensor) -> torch.Tensor:
     """Page-lock ``buffer`` where it lies: torch's own pinned memory rounds up to powers of two."""
     status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
     if int(status) != 0:
+        # The runtime keeps the error for whoever asks next, which is the next launch of a kernel.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         raise MemoryError(
             f"cannot page-lock {buffer.numel()} bytes of host memory (CUDA error {int(status)}): "
-            'free host memory, raise the memory limit, or set "weight_source" to "disk"'
+            "free host memory, raise the memory limit"
         )
     return buffer
+
+
+def _unpin(buffer: torch.Tensor) -> None:
+    if buffer.is_pinned():
+        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

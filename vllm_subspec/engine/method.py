@@ -21,7 +21,7 @@ from vllm.config import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_subspec.config import METHODS, HierspecOptions, SubspecOptions
+from vllm_subspec.config import METHODS, HierspecOptions, SubspecOptions, shown
 from vllm_subspec.engine import draft_configs, refusals
 
 _MARK = "_vllm_subspec_method"
@@ -58,10 +58,15 @@ def install() -> None:
         target_model_config: ModelConfig,
         target_parallel_config: ParallelConfig,
     ) -> SpeculativeConfig | None:
-        given = dict(self.speculative_config or {})
+        given = {} if self.speculative_config is None else self.speculative_config
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"--speculative-config is {shown(given)}: it must be a JSON object, such as "
+                '{"method": "subspec"}'
+            )
         method = given.get("method", self.spec_method)
-        if method in METHODS:
-            _rewrite(self, method, given, target_model_config, target_parallel_config)
+        if isinstance(method, str) and method in METHODS:
+            _rewrite(self, method, dict(given), target_model_config, target_parallel_config)
         return original(self, target_model_config, target_parallel_config)
 
     setattr(create_speculative_config, _MARK, True)
@@ -93,7 +98,7 @@ def _rewrite(
     given.pop("method", None)
     if args.spec_tokens is not None:
         given.setdefault("num_speculative_tokens", args.spec_tokens)
-    options = METHODS[method].parse({key.replace("-", "_"): v for key, v in given.items()})
+    options = METHODS[method].parse({str(key).replace("-", "_"): v for key, v in given.items()})
     worker = WORKERS.get((method, current_platform.device_type))
     if worker is None:
         raise ValueError(

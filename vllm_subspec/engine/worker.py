@@ -195,7 +195,7 @@ class SubspecWorker(DraftingWorker):
         ring = self.loading.ring
         if ring is None:
             return {"loads": [], "waits": []}
-        kinds = {"loads": list(ring.transfer.loads), "waits": list(ring.waits)}
+        kinds = {"loads": ring.transfer.loads, "waits": list(ring.waits)}
         return {
             kind: [dataclasses.asdict(one) for one in intervals if one.began >= since]
             for kind, intervals in kinds.items()

@@ -15,14 +15,17 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from vllm_subspec.weights.store import StoreReadError
+
+PATIENCE = 150.0
+"""Seconds that a block may take, unless told otherwise."""
 
 
 class BlockSource(Protocol):
@@ -71,8 +74,9 @@ class Transfer(Protocol):
     compute thread or stream.
     """
 
-    loads: deque[Interval]
-    """The newest reads by a background thread, which appends to it."""
+    @property
+    def loads(self) -> list[Interval]:
+        """The newest reads by a background thread."""
 
     def start(self, block: int, slot: int) -> None: ...
 
@@ -189,6 +193,64 @@ class Ring:
         self.transfer.release(slot)
 
 
+class ReaderStalledError(Exception):
+    """A read neither ended nor failed. It may still write into its slot, so nothing can go on."""
+
+
+class BackgroundReads:
+    """One thread that reads, in the order asked, at most one block for each slot.
+
+    Args:
+        patience: seconds after which a read that is waited for is given up.
+    """
+
+    def __init__(self, slots: int, patience: float) -> None:
+        self.cancel = threading.Event()
+        self.intervals: deque[Interval] = deque(maxlen=_KEPT)
+        """The newest reads; the thread appends to it."""
+        self._patience = patience
+        self._stalled = False
+        self._pending: list[Future[None] | None] = [None] * slots
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="subspec-ring")
+
+    def start(self, slot: int, block: int, read: Callable[..., None], *args: Any) -> None:
+        """Reads ``block`` by ``read(*args)``."""
+        self._pending[slot] = self._thread.submit(self._timed, block, read, *args)
+
+    def _timed(self, block: int, read: Callable[..., None], *args: Any) -> None:
+        began = time.perf_counter()
+        read(*args)
+        self.intervals.append(Interval(block, began, time.perf_counter()))
+
+    def wait(self, slot: int) -> None:
+        """Returns when the slot's read has ended.
+
+        Raises:
+            StoreReadError: it failed.
+            ReaderStalledError: the disk hangs, or the thread is gone.
+        """
+        pending = self._pending[slot]
+        assert pending is not None, "waited for a slot that nothing was loaded into"
+        if not wait([pending], self._patience).done:
+            self._stalled = True
+            raise ReaderStalledError(
+                f"a streamed weight has not arrived in {self._patience:g} s: the disk hangs, or "
+                "its reader has died; check the disk and restart "
+                "(VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS is twice this limit)"
+            )
+        pending.result()
+
+    def ready(self, slot: int) -> bool:
+        pending = self._pending[slot]
+        return pending is not None and pending.done() and pending.exception() is None
+
+    def close(self) -> bool:
+        """Cancels what is under way; whether nothing reads any more."""
+        self.cancel.set()
+        self._thread.shutdown(wait=not self._stalled, cancel_futures=True)
+        return not self._stalled
+
+
 class ThreadTransfer:
     """Reads blocks into slots in host memory on one background thread, in the order asked.
 
@@ -196,44 +258,41 @@ class ThreadTransfer:
         source: where blocks come from.
         slots: uint8 buffers, one per slot; a block fills the front of its slot.
         block_nbytes: bytes of each block.
+        patience: seconds that a block may take.
     """
 
     def __init__(
-        self, source: BlockSource, slots: Sequence[torch.Tensor], block_nbytes: Sequence[int]
+        self,
+        source: BlockSource,
+        slots: Sequence[torch.Tensor],
+        block_nbytes: Sequence[int],
+        patience: float = PATIENCE,
     ) -> None:
-        self.loads: deque[Interval] = deque(maxlen=_KEPT)
         self._source = source
         self._slots = list(slots)
         self._block_nbytes = list(block_nbytes)
-        self._cancel = threading.Event()
-        self._pending: list[Future[None] | None] = [None] * len(self._slots)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="subspec-ring")
+        self._reads = BackgroundReads(len(self._slots), patience)
+
+    @property
+    def loads(self) -> list[Interval]:
+        return list(self._reads.intervals)
 
     def start(self, block: int, slot: int) -> None:
-        self._pending[slot] = self._thread.submit(self._read, block, slot)
-
-    def _read(self, block: int, slot: int) -> None:
-        began = time.perf_counter()
         out = self._slots[slot][: self._block_nbytes[block]]
-        self._source.read(block, out, self._cancel)
-        self.loads.append(Interval(block, began, time.perf_counter()))
+        self._reads.start(slot, block, self._source.read, block, out, self._reads.cancel)
 
     def wait(self, slot: int) -> None:
-        pending = self._pending[slot]
-        assert pending is not None, "waited for a slot that nothing was loaded into"
-        pending.result()
+        self._reads.wait(slot)
 
     def ready(self, slot: int) -> bool:
-        pending = self._pending[slot]
-        return pending is not None and pending.done() and pending.exception() is None
+        return self._reads.ready(slot)
 
     def release(self, slot: int) -> None:
         """Nothing to fence: on the host the compute that read the slot has returned."""
 
     def close(self) -> None:
-        self._cancel.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._source.close()
+        if self._reads.close():
+            self._source.close()
 
 
 class CudaTransfer:
@@ -251,27 +310,31 @@ class CudaTransfer:
         slots: Sequence[torch.Tensor],
         block_nbytes: Sequence[int],
         staging: Sequence[torch.Tensor] = (),
+        patience: float = PATIENCE,
     ) -> None:
-        self.loads: deque[Interval] = deque(maxlen=_KEPT)
         self._source = source
         self._slots = list(slots)
         self._block_nbytes = list(block_nbytes)
         self._stream = torch.cuda.Stream(device=self._slots[0].device)
         self._arrived = [torch.cuda.Event() for _ in self._slots]
         self._used = [torch.cuda.Event() for _ in self._slots]
-        self._cancel = threading.Event()
         self._staging = list(staging)
         self._staging_copied = [torch.cuda.Event() for _ in self._staging]
         self._issued = 0
-        self._pending: list[Future[None] | None] = [None] * len(self._slots)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="subspec-ring")
+        self._reads: BackgroundReads | None = None
+        if not isinstance(source, HostSource):
+            self._reads = BackgroundReads(len(self._slots), patience)
+
+    @property
+    def loads(self) -> list[Interval]:
+        return [] if self._reads is None else list(self._reads.intervals)
 
     def start(self, block: int, slot: int) -> None:
         if isinstance(self._source, HostSource):
-            self._pending[slot] = None
             self._copy(self._source.block(block), slot)
         else:
-            self._pending[slot] = self._thread.submit(self._read_and_copy, block, slot)
+            assert self._reads is not None
+            self._reads.start(slot, block, self._read_and_copy, block, slot, self._reads.cancel)
 
     def _copy(self, host: torch.Tensor, slot: int) -> None:
         with torch.cuda.stream(self._stream):
@@ -279,34 +342,27 @@ class CudaTransfer:
             self._slots[slot][: host.numel()].copy_(host, non_blocking=True)
             self._arrived[slot].record(self._stream)
 
-    def _read_and_copy(self, block: int, slot: int) -> None:
+    def _read_and_copy(self, block: int, slot: int, cancel: threading.Event) -> None:
         staging = self._issued % len(self._staging)
         self._issued += 1
         self._staging_copied[staging].synchronize()
         host = self._staging[staging][: self._block_nbytes[block]]
-        began = time.perf_counter()
-        self._source.read(block, host, self._cancel)
-        self.loads.append(Interval(block, began, time.perf_counter()))
+        self._source.read(block, host, cancel)
         self._copy(host, slot)
         self._staging_copied[staging].record(self._stream)
 
     def wait(self, slot: int) -> None:
-        pending = self._pending[slot]
-        if pending is not None:
-            pending.result()
+        if self._reads is not None:
+            self._reads.wait(slot)
         torch.cuda.current_stream().wait_event(self._arrived[slot])
 
     def ready(self, slot: int) -> bool:
-        pending = self._pending[slot]
-        if pending is not None and not (pending.done() and pending.exception() is None):
-            return False
-        return self._arrived[slot].query()
+        return (self._reads is None or self._reads.ready(slot)) and self._arrived[slot].query()
 
     def release(self, slot: int) -> None:
         self._used[slot].record(torch.cuda.current_stream())
 
     def close(self) -> None:
-        self._cancel.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._stream.synchronize()
-        self._source.close()
+        if self._reads is None or self._reads.close():
+            self._stream.synchronize()
+            self._source.close()

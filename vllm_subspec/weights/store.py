@@ -10,8 +10,11 @@ Checksums are XXH3-64: 10 GB/s on one core (measured; CRC-32 from zlib 3.1, BLAK
 full scan is limited by the disk, and the hash releases the interpreter's lock.
 """
 
+import contextlib
 import logging
+import os
 import queue
+import stat
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,7 +204,7 @@ def open_or_create(
     store, waits and returns its result. Raises StoreReadError when the path cannot be read (it is
     then not ours to replace) and StoreWriteError when the folder cannot be written.
     """
-
+    _warn_of_strangers(path)
     found = _sound(path, fingerprint, blocks)
     if isinstance(found, WeightStore):
         return found
@@ -218,6 +221,18 @@ def open_or_create(
     if not isinstance(found, StoreMissingError):
         logger.warning("The weight store will be rebuilt (%s): %s", found.reason, found)
     return writer
+
+
+def _warn_of_strangers(path: str) -> None:
+    """Checksums find accidents. Who can write a store can also make it say something else."""
+    for place in (os.path.dirname(os.path.abspath(path)), path):
+        with contextlib.suppress(OSError):  # it is not there yet
+            if os.stat(place).st_mode & stat.S_IWOTH:
+                logger.warning(
+                    "Everyone on this machine can write %s, and so change what the model answers: "
+                    "run chmod o-w on it, or choose another store_dir",
+                    place,
+                )
 
 
 def _sound(

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""`vllm serve` as a user starts it, in processes of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.engine.helpers import DEFAULTS, MODEL, ROUGH
+
+START_SECONDS = 240
+STOP_SECONDS = 30
+TEMPLATE = Path(__file__).parent / "data" / "chat.jinja"
+TOKENS = 48
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    store: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60, max_retries=0)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
+            return str(reply.read().decode())
+
+    def counter(self, name: str) -> float:
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
+        assert lines, f"no {name} in /metrics"
+        return sum(float(line.split()[-1]) for line in lines)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                self.get("/health")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        tail = self.log.read_text(errors="replace")[-4000:]
+        pytest.fail(f"the server did not start (exit status {self.process.poll()}):\n{tail}")
+
+    def wait_until_gone(self, seconds: float = STOP_SECONDS) -> int:
+        """The exit status, once every process of the server has ended."""
+        status = self.process.wait(seconds)
+        deadline = time.monotonic() + 10
+        while True:  # its engine too
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return status
+            assert time.monotonic() < deadline, "a process of the server is left"
+            time.sleep(0.2)
+
+    def complete(self, text: str, **settings: object) -> str:
+        reply = self.client().completions.create(
+            model="pystd", prompt=text, max_tokens=TOKENS, temperature=0, **settings
+        )
+        return str(reply.choices[0].text)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def launched(
+    folder: Path,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server that has just been started, and is ended at the end if it lives.
+
+    Args:
+        folder: of its log and its weight store, which a later server of the same folder finds.
+        arguments: more options.
+        environment: more variables.
+    """
+    port = free_port()
+    variables = {**os.environ, **(environment or {})}
+    # The front end and the engine are two processes, as they are for users.
+    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    variables.pop("VLLM_LOGGING_LEVEL")
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(MODEL)]
+    command += ["--speculative-config", json.dumps({**ROUGH, "store_dir": str(folder / "store")})]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pystd"]
+    command += ["--dtype", "float32", "--enforce-eager", "--chat-template", str(TEMPLATE)]
+    for option in ("max_model_len", "block_size", "kv_cache_memory_bytes", "max_num_seqs"):
+        command += [f"--{option.replace('_', '-')}", str(DEFAULTS[option])]
+    log = folder / f"log-{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its engine can be ended with it
+        )
+    try:
+        yield Server(process, port, log, folder / "store")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

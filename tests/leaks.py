@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""What a process that serves for long must not gather: memory, open files, threads."""
+
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+
+MB_PER_MINUTE = 1.0
+"""Growth of the resident memory that is no leak: allocators and caches settle slowly."""
+LEAST_MB = 16.0
+"""Growth that says nothing, however short the time."""
+LEAST_MINUTES = 2.0
+"""In a shorter time memory and threads are still being taken for the first time."""
+
+
+class Sample(NamedTuple):
+    minutes: float
+    resident_mb: float
+    files: int
+    threads: int
+
+
+@dataclass
+class Leaks:
+    """Samples of this process.
+
+    Args:
+        warm_up: share of the samples that are not looked at, as everything is used for the first
+            time meanwhile.
+    """
+
+    warm_up: float = 0.4
+    samples: list[Sample] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._process = psutil.Process()
+        self._begin = time.monotonic()
+
+    def sample(self) -> None:
+        minutes = (time.monotonic() - self._begin) / 60
+        resident = self._process.memory_info().rss / 1e6
+        files, threads = self._process.num_fds(), self._process.num_threads()
+        self.samples.append(Sample(minutes, resident, files, threads))
+
+    @property
+    def warm(self) -> list[Sample]:
+        return self.samples[int(self.warm_up * len(self.samples)) :]
+
+    @property
+    def minutes(self) -> float:
+        """Of the samples that count."""
+        return self.warm[-1].minutes - self.warm[0].minutes
+
+    @property
+    def mb_per_minute(self) -> float:
+        """Slope of the resident memory, by least squares."""
+        times, sizes = ([s[i] for s in self.warm] for i in range(2))
+        return float(np.polyfit(times, sizes, 1)[0])
+
+    def found(self) -> list[str]:
+        """What grew, a sentence each."""
+        begin, end = self.warm[0], self.warm[-1]
+        sentences = []
+        if end.files > begin.files:
+            sentences.append(f"{end.files} open files, {begin.files} after the warm-up")
+        if self.minutes < LEAST_MINUTES:
+            return sentences
+        if end.threads > begin.threads:
+            sentences.append(f"{end.threads} threads, {begin.threads} after the warm-up")
+        if self.mb_per_minute * self.minutes > max(MB_PER_MINUTE * self.minutes, LEAST_MB):
+            sentences.append(
+                f"the resident memory grew by {self.mb_per_minute:.2f} MB/min over "
+                f"{self.minutes:.1f} minutes"
+            )
+        return sentences
