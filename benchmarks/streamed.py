@@ -19,7 +19,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 GIB = 1.6
 OPTIONS = {"resident_weights_gib": 0, "store_dir": str(BUILD / "stores")}
 SCENARIO = [
-    *("--prompts", "python", "--requests", "2", "--tokens", "96", "--plain-tokens", "8"),
+    *("--prompts", "python", "--requests", "2", "--tokens", "64", "--plain-tokens", "6"),
     *("--batch", "1", "4", "8", "--temperature", "0", "0.6"),
     *("--depth", "48", "4", "16", "64", "--bits", "4", "8", "3", "2"),
 ]
