@@ -58,6 +58,15 @@ def test_what_is_served_is_not_refused(shape: Any) -> None:
     )
 
 
+def test_arguments_may_be_used_again(shape: Any) -> None:
+    """As Ray does, which looks at a configuration before it starts an engine."""
+    args = EngineArgs(model=str(shape()), speculative_config={"method": "subspec"})
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert second.parallel_config.worker_cls == first.parallel_config.worker_cls
+    assert "subspec" in second.parallel_config.worker_cls
+    assert second.additional_config == first.additional_config
+
+
 @pytest.mark.parametrize(
     ("arguments", "names", "remedy"),
     [

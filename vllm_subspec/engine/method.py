@@ -108,7 +108,9 @@ def _rewrite(
     draft_configs.check(options, model_config, parallel_config)
     if current_platform.is_cuda():
         _use_piecewise_graphs(args, method)
-    parallel_config.worker_cls = worker
+    # Of the arguments too: who makes a second configuration of them (Ray does) finds what is
+    # written below, and no method of ours any more.
+    parallel_config.worker_cls = args.worker_cls = worker
     ours = {"method": method, **options.to_json_dict()}
     args.additional_config = {**(args.additional_config or {}), KEY: ours}
     args.spec_method = args.spec_model = args.spec_tokens = None
