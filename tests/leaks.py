@@ -63,8 +63,10 @@ class Leaks:
 
     def found(self) -> list[str]:
         """What grew, a sentence each."""
+        sentences: list[str] = []
+        if not self.samples:
+            return sentences
         begin, end = self.warm[0], self.warm[-1]
-        sentences = []
         if end.files > begin.files:
             sentences.append(f"{end.files} open files, {begin.files} after the warm-up")
         if self.minutes < LEAST_MINUTES:

@@ -188,7 +188,7 @@ def test_unreadable_file(server: Server, expected: dict[str, Answer]) -> None:
 
 def test_sigterm_drains(server: Server) -> None:
     """Last: it ends the module's server, which finishes what it has begun and begins no more."""
-    settings = {"model": "pystd", "prompt": TEXTS[0], "max_tokens": 160, "temperature": 0}
+    settings = {"model": "pystd", "prompt": TEXTS[0], "max_tokens": 400, "temperature": 0}
     settings["extra_body"] = {"ignore_eos": True}
     whole = server.client().completions.create(**settings).choices[0].text
     stream = iter(server.client().completions.create(**settings, stream=True))
