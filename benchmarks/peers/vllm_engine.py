@@ -44,6 +44,7 @@ def load(way: str, model: Path, stores: Path) -> Answer:
         max_model_len=1024,
         max_num_seqs=1,
         kv_cache_memory_bytes=128 << 20,
+        gpu_memory_utilization=1.0,  # the limit itself is the peers' own
         disable_log_stats=True,
         enable_prefix_caching=False,
         use_tqdm_on_load=False,

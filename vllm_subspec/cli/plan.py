@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import psutil
 import torch
 
 from vllm_subspec.cli import kubernetes
@@ -28,6 +27,7 @@ from vllm_subspec.core.plan import (
     plan_memory,
 )
 from vllm_subspec.core.shapes import Linear, ModelShape
+from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.model_shape import read_shape
 
 # Of a level of a tree, so that a depth of 48 yields the published 28.4 tokens a round (MT-Bench,
@@ -178,7 +178,7 @@ def lay_out(args: argparse.Namespace) -> Layout:
     else:
         # Without a GPU here and without a size the device is this machine's own memory.
         device_is_host = given_memory is None and not torch.cuda.is_available()
-        host = given_host or psutil.virtual_memory().available
+        host = given_host or host_memory().available
     source = choose_tier(stored, host, device_is_host)
     arguments = _arguments(args, context, source, plan)
     return Layout(shape, plan, plain, source, device_is_host, arguments)
@@ -295,7 +295,7 @@ def _arguments(
 def _device_memory() -> int:
     if torch.cuda.is_available():
         return int(0.9 * torch.cuda.get_device_properties(0).total_memory)
-    return int(0.9 * psutil.virtual_memory().total)
+    return int(0.9 * host_memory().total)
 
 
 def _machine(

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import MemoryPlan, choose_tier
 from vllm_subspec.engine.fingerprint import fingerprint, store_name
 from vllm_subspec.engine.residency import plan_residency
+from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.ring import (
     BlockSource,
     CudaTransfer,
@@ -154,7 +154,7 @@ class Loading:
         wanted = self._options.weight_source
         if wanted != "auto":
             return wanted
-        available = psutil.virtual_memory().available
+        available = host_memory().available
         return choose_tier(self.plan.store_bytes, available, self._device.type == "cpu")
 
     def _absorb(self, layer: StreamedLayer) -> None:

@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import WORKSPACE, Budget, MemoryPlan, ModelSizes, plan_memory
 from vllm_subspec.weights import kernels
+from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.streamable import streamables_of
 from vllm_subspec.weights.streaming import block_layout
 
@@ -101,4 +102,4 @@ def _device_bytes(config: VllmConfig, device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory * fraction)
     ranks = config.parallel_config.tensor_parallel_size
-    return int(psutil.virtual_memory().total * fraction / ranks)
+    return int(host_memory().total * fraction / ranks)
