@@ -26,7 +26,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ways_take_turns(large: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, timed = tmp_path / "bench.json", tmp_path / "trace.json"
     options = {"resident_weights_gib": 0, "store_dir": str(tmp_path / "stores")}
-    engine = {"kv_cache_memory_bytes": 16 << 20, "max_model_len": 512}
+    engine = {"kv_cache_memory_bytes": 48 << 20, "max_model_len": 512}
     arguments = [
         *("--prompts", "python", "--requests", "2", "--tokens", "32", "--plain-tokens", "8"),
         *("--batch", "1", "2", "--ways", "off", "tree", "union"),

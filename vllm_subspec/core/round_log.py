@@ -18,7 +18,7 @@ CONFIDENCE_EDGES = np.append(np.linspace(0, 0.9, 10), [0.95, 0.99, 1.0])
 """Draft probability is counted in the intervals between these, the last one closed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundRecord:
     """A round in which every request of the batch drafted. Times are of ``time.perf_counter``."""
 

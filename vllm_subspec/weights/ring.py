@@ -53,7 +53,7 @@ class HostSource:
         self._blocks.clear()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Interval:
     """What took time for a block; times are of ``time.perf_counter``."""
 
