@@ -35,12 +35,12 @@ def describe() -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """As JSON; lists of numbers stand on one line each."""
+    """As JSON; lists of numbers stand on one line each, and paths begin at the checkout."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1)
     numbers = r"\[\n([-\d.,e+\s]+)\]"  # no string holds an unescaped line break
     text = re.sub(numbers, lambda found: f"[{' '.join(found[1].split())}]", text)
-    path.write_text(text + "\n")
+    path.write_text(text.replace(f"{_TOP}/", "") + "\n")
 
 
 def command(argv: list[str]) -> str:
