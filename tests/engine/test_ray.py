@@ -131,6 +131,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    # Shells ignore it for what runs in the background, and all children would.
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp("ray")
     sockets = tempfile.mkdtemp(prefix="ray-")  # a socket's path has at most 107 characters
     port = free_port()
@@ -155,6 +157,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for process in psutil.wait_procs(started, timeout=10)[1]:
             process.kill()
         shutil.rmtree(sockets, ignore_errors=True)
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
