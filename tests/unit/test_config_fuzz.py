@@ -62,7 +62,7 @@ DRAFT_MODEL = st.fixed_dictionaries(
     optional={"depth": SMALL, "branching": SMALL, "nodes": SMALL},
 )
 # Few with models: vLLM reads the configuration of each.
-DRAFTERS = st.integers(0, 7).flatmap(lambda i: NGRAM if i else DRAFT_MODEL)
+DRAFTERS = st.integers(0, 23).flatmap(lambda i: NGRAM if i else DRAFT_MODEL)
 COMMON: dict[str, st.SearchStrategy[Any]] = {
     "num_speculative_tokens": st.integers(1, 512),
     "pruning": st.sampled_from(["dynamic", "none"]),
@@ -88,7 +88,7 @@ VALID: dict[str, st.SearchStrategy[Given]] = {
     ),
     "hierspec": st.fixed_dictionaries(
         {"drafter": DRAFTERS},
-        optional={**COMMON, "intermediate": st.sampled_from([None] * 7 + [MODEL])},
+        optional={**COMMON, "intermediate": st.sampled_from([None] * 23 + [MODEL])},
     ),
 }
 

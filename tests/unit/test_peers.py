@@ -178,7 +178,7 @@ def test_a_peer_answers_prompt_by_prompt(start):
 
 def test_a_slow_answer_is_cut_off(start):
     tokens = start("works").ask([0], 1000, 0.2)["tokens"]
-    assert 2 <= len(tokens) <= 20
+    assert 2 <= len(tokens) <= 22  # one at once, and then one each hundredth of a second
     assert tokens == list(range(len(tokens)))
 
 
