@@ -412,6 +412,6 @@ def check(speculative_config: Mapping[str, Any]) -> None:
         ValueError: the mapping names one of our methods and an option is wrong; see `parse`.
     """
     given = dict(speculative_config)
-    method = METHODS.get(given.pop("method", ""))
-    if method is not None:
-        method.parse(given)
+    method = given.pop("method", None)
+    if isinstance(method, str) and method in METHODS:
+        METHODS[method].parse(given)

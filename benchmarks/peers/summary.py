@@ -11,9 +11,15 @@ Answers = Sequence[Mapping[str, Any]]
 
 
 def speed(answer: Mapping[str, Any]) -> float | None:
-    """Tokens per second after the first step; None if there was no second one."""
-    decoded = len(answer["tokens"]) - answer["steps"][0]
-    return decoded / answer["decode_seconds"] if decoded else None
+    """Tokens per second of the whole answer; None if there was only one step.
+
+    The step that reads the prompt counts like any other: every peer moves all weights for it, and
+    one that drafts ends it with its first draft.
+    """
+    if len(answer["steps"]) < 2:
+        return None
+    seconds: float = answer["first_token_seconds"] + answer["decode_seconds"]
+    return len(answer["tokens"]) / seconds
 
 
 def first_difference(answer: Sequence[int], reference: Sequence[int]) -> int | None:

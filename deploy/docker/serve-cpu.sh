@@ -3,6 +3,6 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 # `vllm serve` with the threads, OpenMP and allocator that are fastest on this machine.
 set -euo pipefail
-environment=$(python /opt/vllm-subspec/cpu_env.py)
+environment=$(python /srv/vllm-subspec/cpu_env.py)
 eval "$environment"
 exec vllm serve "$@"

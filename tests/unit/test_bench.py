@@ -199,8 +199,9 @@ def test_a_trace_has_every_kept_round_in_microseconds() -> None:
         ([str(MODEL), "--depth", "1000"], '"depth" is 1000; allowed: an integer from 1 to 512'),
         (
             [str(MODEL), "--speculative-config", '{"method": "medusa"}'],
-            'method is "medusa"; allowed: subspec, hierspec',
+            "method is 'medusa'; allowed: subspec, hierspec",
         ),
+        ([str(MODEL), "--speculative-config", '{"method": []}'], "method is []; allowed: subspec"),
         (
             [str(MODEL), "--speculative-config", '{"brnching": 2}'],
             'has no key "brnching" for subspec; did you mean "branching"',

@@ -284,7 +284,7 @@ def answer(tokens: list[int], steps: list[int], seconds: float) -> dict[str, obj
     }
 
 
-def test_speed_counts_from_the_first_step():
+def test_speed_is_that_of_the_whole_answer():
     assert speed(answer([1, 2, 3, 4, 5], [2, 3], 1.5)) == 2.0
     assert speed(answer([1], [1], 0.0)) is None
 
@@ -305,8 +305,8 @@ def test_summary_compares_speed_and_answers():
         ours="ours",
         reference="plain",
     )
-    assert rows["ours"]["tokens_per_second"] == pytest.approx(2 / (1 / 4 + 1 / 2))
-    assert rows["plain"]["ours_over_this"] == pytest.approx(8 / 3)
+    assert rows["ours"]["tokens_per_second"] == pytest.approx(2 / (2 / 5 + 2 / 3))
+    assert rows["plain"]["ours_over_this"] == pytest.approx(2 / (2 / 5 + 2 / 3))
     assert rows["ours"]["first_difference"] == [None, 2]
     assert rows["ours"]["compared_tokens"] == [3, 3]
     assert rows["silent"]["tokens_per_second"] is None

@@ -18,7 +18,8 @@ from typing import Any
 
 from vllm_subspec.bench.prompts import load
 from vllm_subspec.bench.scenario import USUAL, WAYS, Scenario
-from vllm_subspec.config import METHODS, SubspecOptions
+from vllm_subspec.config import METHODS, SubspecOptions, shown
+from vllm_subspec.weights.model_shape import read_config
 from vllm_subspec.weights.quantized_weight import SUPPORTED_BITS
 
 
@@ -101,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _scenario(args: argparse.Namespace) -> Scenario:
     method = args.speculative_config.get("method", SubspecOptions.METHOD)
-    if method not in METHODS:
-        raise ValueError(f'--speculative-config method is "{method}"; allowed: {_list(METHODS)}')
+    if not isinstance(method, str) or method not in METHODS:
+        told = f"--speculative-config method is {shown(method)}"
+        raise ValueError(f"{told}; allowed: {_list(METHODS)}")
     if method != SubspecOptions.METHOD and (args.bits or args.depth):
         raise ValueError(f'--bits and --depth are for method "subspec", not for "{method}"')
     options = {k: v for k, v in args.speculative_config.items() if k != "method"}
@@ -140,18 +142,8 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         METHODS[method].parse(
             {k: v for k, v in scenario.options_for(bits).items() if k != "method"}
         )
-    _check_model(args.model)
+    read_config(args.model)
     return scenario
-
-
-def _check_model(model: str) -> None:
-    """Refuses what has no configuration that can be read."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} has no configuration: {str(error).splitlines()[0]}") from None
 
 
 def _check_writable(path: Path | None) -> None:

@@ -67,12 +67,12 @@ def plan_residency(
 
 
 def _process_bytes() -> int:
-    """What this process holds before the model is there: the interpreter and its libraries."""
+    """Bytes that this process holds before the model is there: the interpreter, its libraries."""
     return int(psutil.Process().memory_info().rss)
 
 
 def _activations(config: VllmConfig) -> int:
-    """Of the largest pass, on the CPU: a layer's, and what is sampled from."""
+    """Bytes of the largest pass, on the CPU: a layer's activations, and the logits twice."""
     text, model = config.model_config.hf_text_config, config.model_config
     tokens = config.scheduler_config.max_num_batched_tokens
     widest = max(getattr(text, "intermediate_size", 0) or 0, model.get_hidden_size())

@@ -43,7 +43,7 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
             limit = _read(group / limit_file).strip()
             if limit.isdecimal():  # version 2 says "max" where there is none
                 stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
-                used = int(_read(group / usage_file)) - int(stat.get(cache, 0))
+                used = int(_read(group / usage_file) or 0) - int(stat.get(cache, 0))
                 yield int(limit), used
 
 

@@ -19,14 +19,30 @@ def read_shape(model: str) -> tuple[ModelShape, Any]:
     Raises:
         ValueError: one sentence: there is no readable configuration, or no model of that kind.
     """
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise ValueError(f"{model} has no configuration of a language model: {reason}") from error
+        raise _no_configuration(model, error) from error
     return shape_of(module, config), config
+
+
+def read_config(model: str) -> Any:
+    """The text configuration of ``model``, a folder or a name on the hub.
+
+    Raises:
+        ValueError: one sentence: there is no readable one.
+    """
+    try:
+        return AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise _no_configuration(model, error) from error
+
+
+def _no_configuration(model: str, error: Exception) -> ValueError:
+    reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+    return ValueError(f"{model} has no configuration of a language model: {reason}")
 
 
 def shape_of(module: torch.nn.Module, config: Any) -> ModelShape:
