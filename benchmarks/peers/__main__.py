@@ -5,9 +5,10 @@
     python -m benchmarks.peers.environments    # once
     python -m benchmarks.peers                 # about ten minutes, as root or in a delegated group
 
-All peers are loaded, answer a short prompt each to warm up, and then take turns prompt by prompt.
+All peers are loaded, warm up on a prompt for the same time, and then take turns prompt by prompt.
 The default limit is less than the checkpoint alone, and little more than SubSpec needs to run it.
-Before each answer the model's files are dropped from the page cache. A way that needs seconds per
+Before each answer the model's files are dropped from the page cache; a page that some process maps
+stays there, so peers that map the checkpoint have a copy of it each. A way that needs seconds per
 token is cut off after ``--seconds``: its speed needs no more, as every token costs it the same.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,7 +36,7 @@ from benchmarks.peers.summary import speed, summarize
 from scripts.cpu_env import cpu_environment, find_tcmalloc
 from vllm_subspec.bench import environment
 
-WARM_UP_TOKENS = 2
+WARM_UP_TOKENS, WARM_UP_SECONDS = 32, 5.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Peer:
     what: str
     arguments: tuple[str, ...]
     environment: Environment | None = None
+    maps_checkpoint: bool = False
+    """While it answers."""
 
 
 def _vllm(way: str, what: str) -> Peer:
@@ -53,7 +57,8 @@ def _vllm(way: str, what: str) -> Peer:
 
 def _files(adapter: str, what: str, environment: Environment, *options: str) -> Peer:
     told = ("--folder", str(FOLDER / "files" / adapter), *options)
-    return Peer(what, (f"benchmarks.peers.{adapter}", *told), environment)
+    maps_checkpoint = adapter == "transformers_disk"
+    return Peer(what, (f"benchmarks.peers.{adapter}", *told), environment, maps_checkpoint)
 
 
 PEERS = {
@@ -83,6 +88,8 @@ def start(name: str, model: Path, limit: int) -> PeerProcess:
     if peer.environment is not None:
         peer.environment.require()
     python = peer.environment.python if peer.environment else Path(sys.executable)
+    if peer.maps_checkpoint:
+        model = _own_copy(model, FOLDER / "files" / name)
     cores = sorted(os.sched_getaffinity(0))
     variables = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     variables |= {"OMP_NUM_THREADS": str(len(cores)), "HF_HUB_OFFLINE": "1"}
@@ -91,6 +98,16 @@ def start(name: str, model: Path, limit: int) -> PeerProcess:
         variables |= cpu_environment(openmp, find_tcmalloc(), cores, 1, variables)
     command = [str(python), "-m", *peer.arguments, "--model", str(model), "--limit", str(limit)]
     return PeerProcess(name, command, limit, variables, ROOT, FOLDER / f"{name}.log")
+
+
+def _own_copy(model: Path, folder: Path) -> Path:
+    """``model`` in ``folder``, written once."""
+    copy, partial = folder / model.name, folder / "partial"
+    if not copy.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(model, partial)
+        partial.rename(copy)
+    return copy
 
 
 def forget_weights(model: Path) -> None:
@@ -121,7 +138,7 @@ def measure(
             forget_weights(model)
             try:
                 running[name] = start(name, model, limit)
-                running[name].ask(prompts[0], WARM_UP_TOKENS, arguments.seconds)
+                running[name].ask(prompts[0], WARM_UP_TOKENS, WARM_UP_SECONDS)
                 loaded = running[name].ready["load_seconds"]
                 print(f"{name:20} loaded in {loaded:.0f} s", file=sys.stderr)
             except CannotRunError as reason:
