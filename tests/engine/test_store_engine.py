@@ -24,10 +24,12 @@ from tests.engine.helpers import (
     Engines,
     generate,
     greedy,
+    resident_gib,
     source_prompts,
     worker_of,
 )
 from vllm_subspec.engine import loading
+from vllm_subspec.weights import substitute_source
 from vllm_subspec.weights.store import StoreError
 
 PROMPTS = source_prompts(4, 10, 60)
@@ -105,6 +107,45 @@ def half_write(path: Path) -> None:
 
 def empty(path: Path) -> None:
     path.write_bytes(b"")
+
+
+def test_a_second_start_searches_no_scales(
+    engines: Engines,
+    sound: Path,
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its drafts are those of the first: as many tokens are accepted of as many."""
+    options = {**ROUGH, "quantizer": "hqq", "resident_weights_gib": resident_gib(2)}
+    shutil.copytree(sound, tmp_path / "store")  # of the weights alone
+
+    def run() -> dict[str, Any]:
+        engines.close()
+        llm = engines.get(
+            {**options, "store_dir": str(tmp_path / "store"), "substitute_layers": "all"}
+        )
+        assert generate(llm, PROMPTS, PARAMS) == expected
+        log = worker_of(llm).round_log(float("inf"))
+        return {name: log[name] for name in ("emitted", "by_depth", "draft_nodes")}
+
+    first = run()
+    (kept,) = (tmp_path / "store").glob("*.substitutes")
+    made = kept.stat().st_mtime_ns
+
+    def quantized_again(*_: object) -> None:
+        raise AssertionError("a substitute was quantized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(substitute_source, "quantize", quantized_again)
+        assert run() == first
+        assert kept.stat().st_mtime_ns == made
+        with pytest.raises(Exception, match="quantized again"):
+            engines.get({**options, "bits": 4, "store_dir": str(tmp_path / "store")})
+    engines.close()
+    flip_bit(kept)
+    assert run() == first
+    assert kept.stat().st_mtime_ns > made
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_pinned_weights_fit_into_host_memory(ranks: int) -> None:
 def test_streamed_from_disk_only_a_little_is_pinned() -> None:
     plan, pod = sized("gpu", source="disk")
     assert pod.memory < sized("gpu")[1].memory - plan.store_bytes + 3 * GIB
-    assert pod.stores >= 2 * plan.store_bytes
+    assert pod.stores >= 2 * (plan.store_bytes + plan.substitute_bytes)
     assert pod.start["writing the store"] > 0
 
 

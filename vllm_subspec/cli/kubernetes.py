@@ -53,6 +53,7 @@ def size_pod(target: Target, plan: MemoryPlan, ranks: int, source: str) -> Pod:
     source: "host" or "disk", where the streamed weights rest.
     """
     streamed = ranks * plan.store_bytes
+    stored = streamed + ranks * plan.substitute_bytes  # weight stores, and substitutes beside them
     checkpoint = ranks * (plan.resident_bytes + plan.store_bytes + plan.other_bytes)
     shared = GIB * ranks + (_OBJECT_STORE if target == "ray" else 0)
     # The front end, the engine, and with several ranks a worker for each.
@@ -76,7 +77,7 @@ def size_pod(target: Target, plan: MemoryPlan, ranks: int, source: str) -> Pod:
         gpus=0 if target == "cpu" else ranks,
         models=int(1.1 * checkpoint),
         # The store of another version or another rank count is written beside the one in use.
-        stores=_CACHES + (2 * streamed if source == "disk" else 0),
+        stores=_CACHES + (2 * stored if source == "disk" else 0),
         start=start,
     )
 

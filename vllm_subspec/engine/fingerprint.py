@@ -37,6 +37,11 @@ def store_name(config: VllmConfig, rank: int) -> str:
     return f"{slug}-{digest}.rank{rank}of{tp}.store"
 
 
+def substitutes_path(store_path: str, bits: int) -> str:
+    """Of the quantized substitutes that belong to a weight store."""
+    return f"{store_path.removesuffix('.store')}.{bits}bit.substitutes"
+
+
 def _revision(config: VllmConfig) -> str:
     """The commit of a hub model; for a local folder a digest of its files' sizes and times."""
     model = config.model_config

@@ -7,7 +7,8 @@
     all loaded    -> the ring is made and streaming begins; the draft is built
 
 A sound store of the same checkpoint is used again: the checkpoint is then not read for streamed
-layers, and their substitutes are quantized from the store.
+layers. Beside it lie the substitutes that an earlier start has quantized; those of other options
+are quantized from the store.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import MemoryPlan, choose_tier
-from vllm_subspec.engine.fingerprint import fingerprint, store_name
+from vllm_subspec.engine.fingerprint import fingerprint, store_name, substitutes_path
 from vllm_subspec.engine.residency import plan_residency
 from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.ring import (
@@ -50,7 +51,8 @@ from vllm_subspec.weights.streamable import Streamable, streamables_of
 from vllm_subspec.weights.streaming import RING_CONTEXT, StreamedLayer, StreamingOffloader
 from vllm_subspec.weights.substitute import build_draft
 from vllm_subspec.weights.substitute_experts import Substitute
-from vllm_subspec.weights.substitute_source import SubstituteSource
+from vllm_subspec.weights.substitute_source import Keep, SubstituteSource, at_once, matrices
+from vllm_subspec.weights.substitute_store import SubstituteStore
 
 logger = init_logger(__name__)
 
@@ -83,6 +85,8 @@ class Loading:
         self._writer: StoreWriter | None = None
         self._host_blocks: dict[int, torch.Tensor] = {}
         self._resident_substituted: dict[nn.Module, Streamable] = {}
+        self._names: dict[Streamable, str] = {}  # of what has a substitute
+        self._kept: SubstituteStore | None = None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -96,6 +100,8 @@ class Loading:
         except BaseException:
             if self._writer is not None:
                 self._writer.abort()
+            if self._kept is not None:
+                self._kept.abort()
             raise
         finally:
             self._progress.close()
@@ -118,19 +124,43 @@ class Loading:
     def _begin(self, streamed: list[StreamedLayer]) -> bool:
         chosen = set(self.plan.substituted) - set(self.plan.streamed)
         for index in chosen:
-            parts = streamables_of(self.offloader.layers[index])
-            self._resident_substituted.update((part.module, part) for part in parts.values())
+            for name, part in streamables_of(self.offloader.layers[index]).items():
+                self._resident_substituted[part.module] = part
+                self._names[part] = f"layers.{index}.{name}"
         self._progress.total = len(self._resident_substituted) + sum(
             len(layer.parts) for layer in streamed
         )
+        for layer in streamed:
+            self._names |= {part: f"layers.{layer.index}.{n}" for n, part in layer.parts.items()}
         if not streamed:
             return False
         if self._tier() == "host":
             logger.info("Streaming from host memory")
             return False
         self._open_store()
+        if self._source.searches:
+            self._keep_substitutes()
         self.store_reused = self._store is not None
         return self.store_reused
+
+    def _keep_substitutes(self) -> None:
+        """In a file beside the weight store."""
+        shapes = {
+            f"{name}.{matrix}": shape
+            for part, name in self._names.items()
+            for matrix, shape in matrices(part).items()
+        }
+        assert self.store_path is not None
+        path = substitutes_path(self.store_path, self._options.bits)
+        identity = {
+            **fingerprint(self._config, self._rank),
+            "bits": self._options.bits,
+            "group_size": self._source.format.group_size,
+            "quantizer": self._source.quantizer,
+        }
+        self._kept = SubstituteStore(path, identity, shapes, self._source.format)
+        did = "Reading" if self._kept.complete else "Keeping"
+        logger.info("%s the quantized substitutes in %s", did, path)
 
     def _open_store(self) -> None:
         """A sound store, or a writer of a new one."""
@@ -193,8 +223,12 @@ class Loading:
 
     def _substitute(self, weights: Mapping[Streamable, list[torch.Tensor]]) -> None:
         for part, tensors in weights.items():
-            self.substitutes[part.module] = self._source.substitute(part.module, tensors)
+            keep = at_once if self._kept is None else self._keeping(part, self._kept)
+            self.substitutes[part.module] = self._source.substitute(part, tensors, keep)
             self._progress.update()
+
+    def _keeping(self, part: Streamable, store: SubstituteStore) -> Keep:
+        return lambda matrix, make: store.weight(f"{self._names[part]}.{matrix}", make)
 
     def _finish_store(self) -> None:
         """Everything is loaded: make the store final and start streaming from it."""
@@ -212,6 +246,8 @@ class Loading:
         if self._store is not None:
             if self.store_reused:
                 self._substitute_from(self._store)
+            if self._kept is not None:
+                self._kept.finish()
             source = self._store.open_reader()
             self._store.close()
         else:
@@ -233,8 +269,12 @@ class Loading:
         context[RING_CONTEXT] = self.ring
 
     def _substitute_from(self, store: WeightStore) -> None:
-        reader = store.open_reader()
         streamed = self.offloader.streamed
+        if self._kept is not None and self._kept.complete:
+            for layer in streamed:
+                self._substitute({part: [] for part in layer.parts.values()})
+            return
+        reader = store.open_reader()
         buffer = aligned_buffer(max(layer.layout.nbytes for layer in streamed))
         try:
             for layer in streamed:

@@ -2,12 +2,11 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Where substitutes come from: quantized while the target loads, or a low-bit checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -21,14 +20,36 @@ from vllm_subspec.config import SubspecOptions
 from vllm_subspec.weights import kernels
 from vllm_subspec.weights.checkpoint import SubstituteCheckpoint
 from vllm_subspec.weights.kernels import SubstituteKernel
-from vllm_subspec.weights.quantize import quantize
-from vllm_subspec.weights.quantized_weight import QuantizedWeight
+from vllm_subspec.weights.quantize import Quantizer, quantize
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
+from vllm_subspec.weights.streamable import Streamable
 from vllm_subspec.weights.substitute_experts import Substitute, SubstituteExperts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 logger = init_logger(__name__)
+
+Keep = Callable[[str, Callable[[], QuantizedWeight]], QuantizedWeight]
+"""Gets a matrix's name and what makes it, and returns the matrix, made now or before."""
+
+
+def at_once(name: str, make: Callable[[], QuantizedWeight]) -> QuantizedWeight:
+    """Keeps nothing."""
+    return make()
+
+
+def matrices(part: Streamable) -> dict[str, tuple[int, int]]:
+    """Name and shape [out, in] of every matrix that is quantized for a part."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in part.names:
+        *experts, rows, columns = part.parameter(name).shape
+        if experts:
+            found |= {f"{name}.{i}": (rows, columns) for i in range(experts[0])}
+        else:
+            found[name] = rows, columns
+    return found
+
 
 _FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -61,30 +82,65 @@ class SubstituteSource:
             target: PretrainedConfig = config.model_config.hf_text_config
             self._checkpoint.check_matches(target.to_dict())
 
-    def substitute(self, module: nn.Module, weights: Sequence[torch.Tensor]) -> Substitute:
-        """What stands in for ``module``.
+    @property
+    def format(self) -> QuantFormat:
+        """Of what it quantizes."""
+        return self._choice[1]
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return self._options.quantizer or ("hqq" if self._options.bits < 8 else "rtn")
+
+    @property
+    def searches(self) -> bool:
+        """Whether making a substitute takes so long that the result is worth keeping."""
+        return self._checkpoint is None and self.quantizer == "hqq"
+
+    def substitute(
+        self, part: Streamable, weights: Sequence[torch.Tensor], keep: Keep = at_once
+    ) -> Substitute:
+        """What stands in for ``part``'s module.
 
         Args:
-            weights: full ones: a linear's [out, in], or those of experts, [experts, out, in] each.
+            weights: full ones: a linear's [out, in], or those of experts, [experts, out, in] each;
+                none at all if ``keep`` makes nothing.
+            keep: called for every matrix with its name (`matrices`) and what quantizes it.
         """
-        if isinstance(module, LinearBase):
-            return self._linear(module, weights[0])
-        gate_up, down = weights
-        return SubstituteExperts(
-            [self._quantized(weight) for weight in gate_up],
-            [self._quantized(weight) for weight in down],
+        if isinstance(part.module, LinearBase):
+            linear = part.module
+            return self._linear(linear, weights, keep)
+        gate_up, down = (
+            [
+                self._kept(keep, f"{name}.{expert}", weights, place, expert)
+                for expert in range(part.parameter(name).shape[0])
+            ]
+            for place, name in enumerate(part.names)
         )
+        return SubstituteExperts(gate_up, down)
 
-    def _quantized(self, weight: torch.Tensor) -> SubstituteKernel:
-        kernel, fmt = kernels.choose(
+    @property
+    def _choice(self) -> tuple[type[SubstituteKernel], QuantFormat]:
+        return kernels.choose(
             self._options.bits, self._options.group_size, self._device, self._dtype
         )
-        quantizer = self._options.quantizer or ("hqq" if self._options.bits < 8 else "rtn")
-        return kernel(quantize(weight.to(self._device), fmt, quantizer), self._dtype)
 
-    def _linear(self, linear: LinearBase, weight: torch.Tensor) -> SubstituteKernel:
+    def _quantize(self, weight: torch.Tensor) -> QuantizedWeight:
+        return quantize(weight.to(self._device), self.format, self.quantizer)
+
+    def _kept(
+        self, keep: Keep, name: str, weights: Sequence[torch.Tensor], place: int, expert: int
+    ) -> SubstituteKernel:
+        return self._kernel(keep(name, lambda: self._quantize(weights[place][expert])))
+
+    def _kernel(self, weight: QuantizedWeight) -> SubstituteKernel:
+        return self._choice[0](weight.to(self._device), self._dtype)
+
+    def _linear(
+        self, linear: LinearBase, weights: Sequence[torch.Tensor], keep: Keep
+    ) -> SubstituteKernel:
         if self._checkpoint is None:
-            return self._quantized(weight)
+            return self._kernel(keep("weight", lambda: self._quantize(weights[0])))
+        (weight,) = weights
         coded = self._load(linear)
         kernel, _ = kernels.choose(
             coded.format.bits, coded.format.group_size, self._device, self._dtype
