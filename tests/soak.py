@@ -190,7 +190,7 @@ class Soak:
             engine = Engine({**SUBSPEC, "store_dir": store})
             try:
                 wrong = self._compare(engine, pairs, ends)
-                stats = engine.llm.collective_rpc("drafting_stats")[0]
+                stats = engine.llm.collective_rpc("round_log")[0]["totals"]
             finally:
                 engine.close()
         self.tau = stats["emitted_tokens"] / max(1, stats["request_rounds"])

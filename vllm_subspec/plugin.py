@@ -20,12 +20,13 @@ def register() -> None:
             package builds on has moved.
     """
     _check_version()
-    from vllm_subspec.engine import compat, method, seams
+    from vllm_subspec.engine import compat, method, metrics, seams
 
     _log_like_vllm()
     seams.require()
     compat.apply()
     method.install()
+    metrics.install()
 
 
 def _log_like_vllm() -> None:

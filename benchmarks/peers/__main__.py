@@ -106,6 +106,7 @@ def _own_copy(model: Path, folder: Path) -> Path:
     if not copy.exists():
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(model, partial)
+        os.sync()  # pages that are not on disk yet cannot be forgotten
         partial.rename(copy)
     return copy
 

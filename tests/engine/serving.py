@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -45,8 +47,17 @@ class Server:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
             return str(reply.read().decode())
 
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(
+            f"{self.url}{path}", json.dumps(body).encode(), headers, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read())
+
     def counter(self, name: str) -> float:
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name)]
+        named = re.compile(re.escape(name) + r"[{ ]")
+        lines = [line for line in self.get("/metrics").splitlines() if named.match(line)]
         assert lines, f"no {name} in /metrics"
         return sum(float(line.split()[-1]) for line in lines)
 

@@ -14,7 +14,7 @@ from vllm_subspec.bench.engine_process import EngineProcess
 from vllm_subspec.bench.session import Session
 from vllm_subspec.cli.main import main
 
-OPTIONS = {"resident_weights_gib": 0}
+OPTIONS = {"resident_weights_gib": 0, "bits": 8}  # quantized in a second
 ENGINE = {"kv_cache_memory_bytes": 48 << 20, "max_model_len": 512}
 GIB = 0.4  # enough that what is planned is no rounding error beside the interpreter
 

@@ -6,15 +6,18 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from vllm import SamplingParams
 
+from tests.engine.collector import VARIABLES, Collector, attributes, collecting
 from tests.engine.helpers import ROUGH, Answer, Engines, encode, greedy
 from tests.engine.serving import TOKENS, Server, launched
+from vllm_subspec.core.metrics import SAMPLES
 
 TEXTS = [
     "def parse(text):\n    ",
@@ -47,15 +50,25 @@ def sampled(engines: Engines) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
 def server(
     engines: Engines,
     expected: dict[str, Answer],
     sampled: dict[int, str],
+    collector: Collector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     engines.close()
     folder = tmp_path_factory.mktemp("serve")
-    with launched(folder, ["--shutdown-timeout", "60"]) as server:
+    arguments = ["--shutdown-timeout", "60", "--otlp-traces-endpoint", collector.url]
+    # /collective_rpc is there in this mode only.
+    variables = {"VLLM_LOG_STATS_INTERVAL": "0.5", "VLLM_SERVER_DEV_MODE": "1", **VARIABLES}
+    with launched(folder, arguments, variables) as server:
         server.wait_until_ready()
         yield server
 
@@ -129,6 +142,84 @@ def test_counters(server: Server) -> None:
     drafts = server.counter("vllm:spec_decode_num_drafts_total")
     assert drafted > accepted > drafts
     assert drafted > ROUGH["depth"] * drafts  # trees: chains are no longer than this
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether it does, sooner or later."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def test_metrics(server: Server) -> None:
+    """All that are promised, and they say what vLLM's own counters say."""
+    server.complete(TEXTS[2])
+    pairs = {
+        "vllm_subspec:draft_tokens_total": "vllm:spec_decode_num_draft_tokens_total",
+        "vllm_subspec:accepted_tokens_total": "vllm:spec_decode_num_accepted_tokens_total",
+        "vllm_subspec:accepted_depth_count": "vllm:spec_decode_num_drafts_total",
+    }
+
+    def agree() -> bool:
+        with contextlib.suppress(AssertionError):  # before the first time that workers are asked
+            return all(server.counter(a) == server.counter(b) > 0 for a, b in pairs.items())
+        return False
+
+    assert within(10, agree), {
+        name: server.counter(name) for pair in pairs.items() for name in pair
+    }
+    text = server.get("/metrics")
+    missing = [name for name in SAMPLES if f"\n{name}{{" not in text]
+    assert not missing
+    assert 'model_name="pystd",rank="0"' in text
+    (store,) = server.store.glob("*.store")
+    passes = server.counter("vllm_subspec:passes_total")
+    streamed = server.counter("vllm_subspec:streamed_bytes_total")
+    assert passes > 0 and 0.95 * store.stat().st_size < streamed / passes <= store.stat().st_size
+    rounds = server.counter("vllm_subspec:rounds_total")
+    assert server.counter("vllm_subspec:verify_seconds_count") == rounds < passes
+    emitted = server.counter("vllm_subspec:emitted_tokens_total")
+    accepted = server.counter("vllm_subspec:accepted_depth_sum")
+    assert emitted == accepted + server.counter("vllm_subspec:accepted_depth_count")
+
+
+def test_speculation_is_switched_off_and_on(server: Server, expected: dict[str, Answer]) -> None:
+    def switch(on: bool) -> None:
+        answer = server.post("/collective_rpc", {"method": "set_speculation", "args": [on]})
+        assert answer == {"results": [None]}
+        assert within(10, lambda: server.counter("vllm_subspec:speculating") == on)
+
+    switch(False)
+    before = server.counter("vllm:spec_decode_num_draft_tokens_total")
+    assert server.complete(TEXTS[1]) == expected[TEXTS[1]].text
+    assert server.counter("vllm:spec_decode_num_draft_tokens_total") == before
+    switch(True)
+    assert server.complete(TEXTS[1]) == expected[TEXTS[1]].text
+    assert server.counter("vllm:spec_decode_num_draft_tokens_total") > before
+
+
+def test_rounds_are_traced(server: Server, collector: Collector) -> None:
+    began = time.time_ns()
+    server.complete(TEXTS[0])
+    ended = time.time_ns()
+
+    def new(name: str) -> list[Span]:
+        # The first round's draft is one of the spans, too.
+        return [s for s in collector.named(name) if began < s.start_time_unix_nano < ended]
+
+    assert within(10, lambda: len(new("SubSpec draft")) > 1 and bool(new("llm_request")))
+    drafts, verifications = new("SubSpec draft"), new("SubSpec verify")
+    assert len(drafts) == len(verifications)
+    for draft, verification in zip(drafts, verifications, strict=True):
+        assert draft.start_time_unix_nano < draft.end_time_unix_nano
+        assert draft.end_time_unix_nano <= verification.start_time_unix_nano
+        assert verification.start_time_unix_nano < verification.end_time_unix_nano < ended
+        assert attributes(draft)["subspec.draft_tokens"] >= 1
+    emitted = [attributes(span)["subspec.emitted_tokens"] for span in verifications]
+    assert TOKENS / 2 < sum(emitted) < TOKENS
 
 
 def test_client_gone_in_mid_stream(server: Server, expected: dict[str, Answer]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from vllm_subspec.engine.metrics import METRICS, PREFIX, SAMPLES, Families, Observer
+from vllm_subspec.core.metrics import METRICS, PREFIX, SAMPLES
+from vllm_subspec.engine.metrics import Families, Observer
 
 
 def statistics(rounds: int, accepted: list[int], seconds: list[float]) -> dict[str, object]:

@@ -34,8 +34,8 @@ def record(began: float = 0.0, emitted: int = 1) -> RoundRecord:
     )
 
 
-def one(samples: list[int], depth: int = 8) -> RoundLog:
-    log = RoundLog(depth)
+def one(samples: list[int], limit: int = 8) -> RoundLog:
+    log = RoundLog(limit)
     drafts = [DraftTokens(TREE, CONFIDENCE)]
     walks = walk_batch([TREE], np.array(samples))
     log.add(record(emitted=int(walks.counts[0]) + 1), drafts, walks)
@@ -60,9 +60,32 @@ def test_confidence_is_counted_in_its_interval():
 
 
 def test_deeper_than_known_counts_as_deepest():
-    log = one([10, 20, 0, 30, 0, 7], depth=2)
+    log = one([10, 20, 0, 30, 0, 7], limit=2)
     assert log.emitted.tolist() == [0, 0, 0, 1]
     assert log.by_depth.tested.tolist() == [0, 1, 2]
+    assert log.draft_nodes.tolist() == log.draft_depths.tolist() == [0, 0, 1]
+
+
+def test_requests_that_drafted_nothing_are_not_counted():
+    log, none = RoundLog(8), DraftTokens.none()
+    walks = walk_batch([none.tree, TREE], np.array([5, 10, 21, 0, 0, 99, 0]))
+    log.add(record(emitted=3), [none, DraftTokens(TREE, CONFIDENCE)], walks)
+    assert log.emitted.tolist() == [0, 0, 0, 1] + [0] * 6
+    assert log.draft_nodes.tolist() == [0] * 5 + [1] + [0] * 3
+    assert log.draft_depths.tolist() == [0] * 3 + [1] + [0] * 5
+
+
+def test_the_rounds_that_somebody_has_not_seen():
+    log = RoundLog(4)
+    walks = walk_batch([], np.zeros(0, np.int64))
+    assert log.newest(0) == []
+    for number in range(3):
+        log.add(record(float(number)), [], walks)
+    assert [r.draft_began for r in log.newest(1)] == [1, 2]
+    assert log.newest(3) == []
+    for number in range(KEPT):
+        log.add(record(float(number)), [], walks)
+    assert len(log.newest(1)) == KEPT  # of more than are remembered: those that are
 
 
 def test_totals_are_sums_and_the_newest_rounds_are_kept():

@@ -20,7 +20,7 @@ CONFIDENCE_EDGES = np.append(np.linspace(0, 0.9, 10), [0.95, 0.99, 1.0])
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """A round in which every request of the batch drafted. Times are of ``time.perf_counter``."""
+    """A pass of the target that verified drafts. Times are of ``time.perf_counter``."""
 
     draft_began: float
     draft_ended: float
@@ -34,11 +34,13 @@ class RoundRecord:
     expanded_nodes: int
     """Nodes that went through a draft forward, the roots included."""
     requests: int
+    """Those that drafted; the pass may have computed others' tokens, too."""
     nodes: int
     """Drafted tokens that were verified, of all requests."""
     depth: int
     """Depth of the drafts that were verified, summed: what could have been accepted at most."""
     emitted: int
+    """Tokens of the requests that drafted."""
     stall_seconds: float = 0.0
     """Of verifying, spent waiting for streamed weights."""
     streamed_bytes: int = 0
@@ -113,17 +115,21 @@ class RoundLog:
     """Counts all rounds and remembers the newest.
 
     Args:
-        depth: levels at most that a draft has.
+        limit: tokens that a draft has at most, and so its levels.
     """
 
-    depth: int
+    limit: int
     totals: RoundTotals = field(default_factory=RoundTotals)
     records: deque[RoundRecord] = field(default_factory=lambda: deque(maxlen=KEPT))
 
     def __post_init__(self) -> None:
-        self.emitted = np.zeros(self.depth + 2, np.int64)
-        """[depth + 2] requests' rounds that emitted so many tokens."""
-        self.by_depth = Tested.of(self.depth + 1)
+        self.emitted = np.zeros(self.limit + 2, np.int64)
+        """[limit + 2] requests' rounds that emitted so many tokens."""
+        self.draft_nodes = np.zeros(self.limit + 1, np.int64)
+        """[limit + 1] requests' rounds whose drafts had so many tokens."""
+        self.draft_depths = np.zeros(self.limit + 1, np.int64)
+        """[limit + 1] requests' rounds whose drafts had so many levels."""
+        self.by_depth = Tested.of(self.limit + 1)
         """Entry d: tokens of depth d whose ancestors were accepted; entry 0 stays empty."""
         self.by_confidence = Tested.of(CONFIDENCE_EDGES.size - 1)
 
@@ -131,17 +137,26 @@ class RoundLog:
         """A round is over.
 
         Args:
-            drafts: what each request's draft was.
+            drafts: what each request of the pass had drafted; empty of those that had not.
             walks: what became of them.
         """
         self.records.append(record)
         self.totals.add(record)
-        np.add.at(self.emitted, np.minimum(walks.counts + 1, self.depth + 1), 1)
         for draft, path in zip(drafts, walks.paths, strict=True):
+            if not draft:
+                continue
+            self.emitted[min(path.size, self.limit) + 1] += 1
+            self.draft_nodes[min(len(draft), self.limit)] += 1
+            self.draft_depths[min(int(draft.tree.depths.max()), self.limit)] += 1
             nodes, accepted, _ = verdicts(draft.tree, path)
             self.by_depth.count(draft.tree.depths[nodes], accepted)
             places = np.searchsorted(CONFIDENCE_EDGES, draft.confidence[nodes], "right") - 1
             self.by_confidence.count(places, accepted)
+
+    def newest(self, seen: int) -> list[RoundRecord]:
+        """The rounds after the first ``seen``, as far as they are remembered."""
+        new = min(self.totals.rounds - seen, len(self.records))
+        return list(self.records)[len(self.records) - new :]
 
     def to_json_dict(self, since: float = 0.0) -> dict[str, Any]:
         """Everything, as plain numbers and lists.
@@ -152,6 +167,8 @@ class RoundLog:
         return {
             "totals": asdict(self.totals),
             "emitted": self.emitted.tolist(),
+            "draft_nodes": self.draft_nodes.tolist(),
+            "draft_depths": self.draft_depths.tolist(),
             "by_depth": _lists(self.by_depth),
             "by_confidence": _lists(self.by_confidence),
             "records": [asdict(r) for r in self.records if r.draft_began >= since],

@@ -21,7 +21,7 @@ from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.round_log import RoundLog, RoundRecord
 from vllm_subspec.drafters.base import ComputedRow, Drafter, DraftRow
-from vllm_subspec.engine import ranks
+from vllm_subspec.engine import ranks, spans
 from vllm_subspec.engine.drafting import Models, Pruning
 from vllm_subspec.engine.method import options_of
 from vllm_subspec.engine.verification import Verification
@@ -40,6 +40,7 @@ class DraftProposer:
         self.options = options
         self.enabled = True
         self.log = RoundLog(options.limit)
+        self._traced = vllm_config.observability_config.otlp_traces_endpoint is not None
         self._max_model_len = vllm_config.model_config.max_model_len
         self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
         self._pass_began: float | None = None
@@ -155,16 +156,20 @@ class DraftProposer:
     ) -> None:
         """What became of the last drafts, and what the round cost."""
         assert verification.walks is not None
-        drafted = verification.sizes > 0
         self.drafter.observe(verification.drafts, verification.walks)
+        drafted = verification.sizes > 0
+        if not drafted.any() or self._pass_began is None:
+            return
+        emitted = sum(len(sampled_token_ids[row]) for row in drafted.nonzero()[0])
+        record = self._record(verification, emitted, self._pass_began, now)
         # Prompt chunks and rows without a draft cost time that says nothing about draft tokens.
-        if drafted.all() and all(sampled_token_ids) and self._pass_began is not None:
-            self._record(verification, sum(map(len, sampled_token_ids)), self._pass_began, now)
+        if drafted.all() and all(sampled_token_ids):
+            self._learn_costs(record)
 
     def _record(
         self, verification: Verification, emitted: int, pass_began: float, now: float
-    ) -> None:
-        rows, nodes = len(verification.drafts), int(verification.sizes.sum())
+    ) -> RoundRecord:
+        drafts = [draft for draft in verification.drafts if draft]
         last, ring = self.drafter.last, self._ring_stats()
         record = RoundRecord(
             *self._drafted,
@@ -173,18 +178,25 @@ class DraftProposer:
             forward_seconds=last.forward_seconds,
             steps=len(last.nodes),
             expanded_nodes=sum(last.nodes),
-            requests=rows,
-            nodes=nodes,
-            depth=sum(int(draft.tree.depths.max()) for draft in verification.drafts),
+            requests=len(drafts),
+            nodes=sum(map(len, drafts)),
+            depth=sum(int(draft.tree.depths.max()) for draft in drafts),
             emitted=emitted,
             stall_seconds=ring.stall_seconds - self._before_pass.stall_seconds,
             streamed_bytes=ring.bytes_streamed - self._before_pass.bytes_streamed,
         )
         assert verification.walks is not None
         self.log.add(record, verification.drafts, verification.walks)
+        if self._traced:
+            spans.record(record)
+        return record
+
+    def _learn_costs(self, record: RoundRecord) -> None:
+        """Of a round in which all requests of the pass drafted."""
+        last, rows = self.drafter.last, record.requests
         # Between the steps and the pass lies a little that belongs to neither: the round's rest.
         rest = record.draft_seconds - sum(last.seconds) + record.verify_seconds
         rest, *step_seconds = ranks.agree([rest, *last.seconds])
         self.drafter.observe_round(
-            Round(rows, last.nodes, step_seconds, nodes + rows, emitted, rest)
+            Round(rows, last.nodes, step_seconds, record.nodes + rows, record.emitted, rest)
         )

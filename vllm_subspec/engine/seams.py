@@ -61,6 +61,10 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "scheduler_output",
         "model_runner_output",
     ),
+    "vllm.v1.engine.async_llm:AsyncLLM.do_log_stats": (),
+    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ("method", "timeout", "args"),
+    "vllm.v1.engine.exceptions:EngineDeadError": None,
+    "vllm.tracing:instrument_manual": ("span_name", "start_time", "end_time", "attributes"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
     "vllm.v1.structured_output:StructuredOutputManager.validate_tokens": (
         "request",

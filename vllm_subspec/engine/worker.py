@@ -3,8 +3,6 @@
 """vLLM's workers with streaming and drafting put in."""
 
 import contextlib
-import dataclasses
-import resource
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,12 +13,11 @@ from vllm.model_executor.offloader.base import set_offloader
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_subspec.config import HierspecOptions, SubspecOptions
+from vllm_subspec.config import SubspecOptions
 from vllm_subspec.engine import attention
-from vllm_subspec.engine.drafting import Pruning
+from vllm_subspec.engine.control import DraftingControl, StreamingControl
 from vllm_subspec.engine.failure import FailedOutput
 from vllm_subspec.engine.loading import Loading
-from vllm_subspec.engine.method import options_of
 from vllm_subspec.engine.proposer import DraftProposer
 from vllm_subspec.engine.runner import TreeCPUModelRunner, TreeGPUModelRunner
 from vllm_subspec.weights.ring import RingStats
@@ -30,14 +27,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class DraftingWorker(Worker):
+class DraftingWorker(DraftingControl, Worker):
     """What all workers share; put before a platform's worker class among the bases."""
-
-    @property
-    def options(self) -> SubspecOptions | HierspecOptions:
-        options = options_of(self.vllm_config)
-        assert options is not None
-        return options
 
     def init_device(self) -> None:
         super().init_device()
@@ -75,63 +66,14 @@ class DraftingWorker(Worker):
         self.proposer.pass_begins()
         return super().execute_model(scheduler_output)
 
-    def set_speculation(self, enabled: bool) -> None:
-        """Switch drafting off or on while serving (a `collective_rpc`)."""
-        self.proposer.enabled = enabled
-
-    def set_drafting(
-        self,
-        branching: int | None = None,
-        depth: int | None = None,
-        pruning: Pruning | None = None,
-        hierarchy: bool = True,
-    ) -> None:
-        """Draft by other options while serving (a `collective_rpc`); None: as configured.
-
-        Args:
-            branching, depth: of the trees that method "subspec" grows.
-            hierarchy: False leaves the option "drafter" out.
-
-        Raises:
-            ValueError: a value that the option of that name does not allow, or trees in an engine
-                that was started for chains.
-        """
-        changed = {"branching": branching, "depth": depth, "pruning": pruning}
-        given = {name: value for name, value in changed.items() if value is not None}
-        options = type(self.options).parse({**self.options.to_json_dict(), **given})
-        if options.trees and not self.options.trees:
-            raise ValueError('an engine started with "branching" 1 has no tree attention')
-        if isinstance(options, SubspecOptions):
-            size = options.branching, options.depth
-        else:
-            size = 1, options.num_speculative_tokens
-        self.proposer.configure(*size, options.pruning, hierarchy)
-
-    def drafting_stats(self) -> dict[str, float]:
-        """Totals of drafting and verifying (`core.round_log.RoundTotals`)."""
-        return dict(vars(self.proposer.log.totals))
-
-    def round_log(self, since: float = 0.0) -> dict[str, Any]:
-        """All that is known of rounds (`core.round_log.RoundLog.to_json_dict`)."""
-        return self.proposer.log.to_json_dict(since)
-
-    def peak_memory(self) -> int:
-        """Bytes of the device that this rank has ever had at once; without a GPU of host memory,
-        the interpreter and its libraries included."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     def shutdown(self) -> None:
         if self.options.trees:
             attention.uninstall(self.device)
         super().shutdown()
 
 
-class SubspecWorker(DraftingWorker):
+class SubspecWorker(StreamingControl, DraftingWorker):
     """Streams the target's weights and drafts with their substitutes."""
-
-    loading: Loading
 
     def _bind(self) -> None:
         options = self.options
@@ -175,31 +117,6 @@ class SubspecWorker(DraftingWorker):
                 return None
             return str(failure or "another rank could not read its weights")
         return str(failure) if failure is not None else None
-
-    def memory_plan(self) -> dict[str, Any]:
-        """The memory plan (`core.plan.MemoryPlan`) and where the streamed weights come from."""
-        plan = dataclasses.asdict(self.loading.plan)
-        return plan | {"total": self.loading.plan.total, "store": self.loading.store_path}
-
-    def streaming_stats(self) -> dict[str, float]:
-        """Counters of this rank's ring (`weights.ring.RingStats`); empty when nothing streams."""
-        return {} if self.loading.ring is None else dict(vars(self._ring_stats()))
-
-    def block_intervals(self, since: float = 0.0) -> dict[str, list[dict[str, float]]]:
-        """When blocks were read and waited for (`weights.ring.Interval`), from ``since`` on.
-
-        Returns:
-            "loads": reads by a background thread; none where the device copies by itself.
-            "waits": times that the pass stood still for a block; with CUDA only for its read.
-        """
-        ring = self.loading.ring
-        if ring is None:
-            return {"loads": [], "waits": []}
-        kinds = {"loads": ring.transfer.loads, "waits": list(ring.waits)}
-        return {
-            kind: [dataclasses.asdict(one) for one in intervals if one.began >= since]
-            for kind, intervals in kinds.items()
-        }
 
     def _ring_stats(self) -> RingStats:
         return RingStats() if self.loading.ring is None else self.loading.ring.stats

@@ -78,6 +78,10 @@ class Transfer(Protocol):
     def loads(self) -> list[Interval]:
         """The newest reads by a background thread."""
 
+    @property
+    def read_seconds(self) -> float:
+        """Seconds of all reads by a background thread; 0 where the device copies by itself."""
+
     def start(self, block: int, slot: int) -> None: ...
 
     def wait(self, slot: int) -> None:
@@ -101,6 +105,10 @@ class RingStats:
     """Blocks of a head start that were already in their slot when their pass began."""
     head_start_total: int = 0
     failures: int = 0
+    blocks: int = 0
+    """That passes asked for."""
+    misses: int = 0
+    """Of them, those that the pass stood still for."""
 
 
 @dataclass
@@ -156,8 +164,10 @@ class Ring:
             self._failure = self._failure or error
             self._loading[slot] = -1
         end = time.perf_counter()
+        self.stats.blocks += 1
         self.stats.stall_seconds += end - begin
         if end - begin > _NOTEWORTHY:
+            self.stats.misses += 1
             self.waits.append(Interval(block, begin, end))
 
     def release(self, block: int) -> None:
@@ -208,6 +218,8 @@ class BackgroundReads:
         self.cancel = threading.Event()
         self.intervals: deque[Interval] = deque(maxlen=_KEPT)
         """The newest reads; the thread appends to it."""
+        self.seconds = 0.0
+        """Of all reads; only the thread adds to it."""
         self._patience = patience
         self._stalled = False
         self._pending: list[Future[None] | None] = [None] * slots
@@ -220,7 +232,9 @@ class BackgroundReads:
     def _timed(self, block: int, read: Callable[..., None], *args: Any) -> None:
         began = time.perf_counter()
         read(*args)
-        self.intervals.append(Interval(block, began, time.perf_counter()))
+        ended = time.perf_counter()
+        self.seconds += ended - began
+        self.intervals.append(Interval(block, began, ended))
 
     def wait(self, slot: int) -> None:
         """Returns when the slot's read has ended.
@@ -277,6 +291,10 @@ class ThreadTransfer:
     def loads(self) -> list[Interval]:
         return list(self._reads.intervals)
 
+    @property
+    def read_seconds(self) -> float:
+        return self._reads.seconds
+
     def start(self, block: int, slot: int) -> None:
         out = self._slots[slot][: self._block_nbytes[block]]
         self._reads.start(slot, block, self._source.read, block, out, self._reads.cancel)
@@ -328,6 +346,10 @@ class CudaTransfer:
     @property
     def loads(self) -> list[Interval]:
         return [] if self._reads is None else list(self._reads.intervals)
+
+    @property
+    def read_seconds(self) -> float:
+        return 0.0 if self._reads is None else self._reads.seconds
 
     def start(self, block: int, slot: int) -> None:
         if isinstance(self._source, HostSource):
