@@ -118,6 +118,7 @@ def test_a_second_start_searches_no_scales(
 ) -> None:
     """Its drafts are those of the first: as many tokens are accepted of as many."""
     options = {**ROUGH, "quantizer": "hqq", "resident_weights_gib": resident_gib(2)}
+    options |= {"substitute_layers": "all", "store_dir": str(tmp_path / "store")}
     shutil.copytree(sound, tmp_path / "store")  # of the weights alone
 
     def run() -> dict[str, Any]:
@@ -141,7 +142,7 @@ def test_a_second_start_searches_no_scales(
         assert run() == first
         assert kept.stat().st_mtime_ns == made
         with pytest.raises(Exception, match="quantized again"):
-            engines.get({**options, "bits": 4, "store_dir": str(tmp_path / "store")})
+            engines.get({**options, "bits": 4})
     engines.close()
     flip_bit(kept)
     assert run() == first
