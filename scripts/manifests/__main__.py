@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.manifests import kustomize, references
+from scripts.manifests import kustomize, metrics, references
 from scripts.manifests.schemas import Document, errors
 
 ROOT = Path(__file__).resolve().parents[2] / "deploy" / "kustomize"
@@ -37,8 +37,12 @@ def check(root: Path = ROOT, rendering: bool | None = None) -> list[str]:
             continue
         found += kustomize.patch_problems(content)
         documents = [document for _, document in content.resources]
-        found += (f"{overlay}: {problem}" for problem in references.problems(documents))
-        found += (f"{overlay}: {problem}" for problem in _untagged(documents, content.images))
+        for problems in (
+            references.problems(documents),
+            metrics.problems(documents),
+            _untagged(documents, content.images),
+        ):
+            found += (f"{overlay}: {problem}" for problem in problems)
         if rendering:
             found += (f"{overlay}, rendered: {problem}" for problem in _rendered(overlay))
     return sorted({*found, *kustomize.unreferenced(root, used)})
@@ -56,6 +60,7 @@ def _rendered(overlay: Path) -> Iterator[str]:
     yield from wrong
     if not wrong:
         yield from references.problems(documents)
+        yield from metrics.problems(documents)
         yield from _untagged(documents, frozenset())
 
 

@@ -60,6 +60,12 @@ def read(folder: Path) -> Kustomization:
             for document in _documents(child, found.problems):
                 found.problems.extend(f"{child}: {error}" for error in errors(document))
                 found.resources.append((child, document))
+    for generator in content.get("configMapGenerator", []):
+        children = [(folder / name).resolve() for name in generator["files"]]
+        files.update(children)
+        document = _config_map(generator, children, found.problems)
+        found.problems.extend(f"{path}: {error}" for error in errors(document))
+        found.resources.append((path, document))
     for patch in content.get("patches", []):
         if "path" in patch:
             child = (folder / patch["path"]).resolve()
@@ -103,9 +109,9 @@ def patch_problems(found: Kustomization) -> Iterator[str]:
 
 
 def unreferenced(root: Path, used: frozenset[Path]) -> Iterator[str]:
-    """YAML files that no kustomization names."""
-    for path in sorted(root.rglob("*.y*ml")):
-        if path.resolve() not in used:
+    """Files that no kustomization names."""
+    for path in sorted(root.rglob("*")):
+        if path.suffix in {".yaml", ".yml", ".json"} and path.resolve() not in used:
             yield f"{path}: no kustomization names this file"
 
 
@@ -126,6 +132,19 @@ def render(folder: Path) -> list[Document]:
     if done.returncode:
         raise ValueError(done.stderr.strip())
     return parse(done.stdout)
+
+
+def _config_map(generator: Document, paths: list[Path], problems: list[str]) -> Document:
+    """What kustomize generates: each file by its name."""
+    data = {}
+    for path in paths:
+        try:
+            data[path.name] = path.read_text()
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+    labels = generator["options"].get("labels", {})
+    metadata = {"name": generator["name"], "labels": labels}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 
 def _documents(path: Path, problems: list[str]) -> list[Any]:

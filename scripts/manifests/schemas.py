@@ -22,6 +22,7 @@ from referencing import Registry, Resource
 SCHEMAS = Path(__file__).resolve().parents[2] / "deploy" / "schemas"
 KUBERNETES = "1.31"  # the oldest release that the manifests are for: pods sleep before they stop
 SERVE_CONFIG = "serve_config"
+DASHBOARD = "grafana_dashboard"
 
 Document = dict[str, Any]
 
@@ -83,6 +84,11 @@ def serve_config_errors(text: str) -> Iterator[str]:
     for document in documents:
         for problem in _told(Draft202012Validator(_vendored(SERVE_CONFIG)), document, False):
             yield f"spec.serveConfigV2: {problem}"
+
+
+def dashboard_errors(dashboard: Any) -> Iterator[str]:
+    """Of Grafana's JSON within a ConfigMap."""
+    yield from _told(Draft202012Validator(_vendored(DASHBOARD)), dashboard, False)
 
 
 def _told(checker: Validator, document: Any, partial: bool) -> Iterator[str]:
