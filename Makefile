@@ -7,7 +7,7 @@ VENV_PYTHON := .venv/bin/python
 FAST := environment="$$($(VENV_PYTHON) scripts/cpu_env.py)" && eval "$$environment" &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint manifests soak demo bench clean
+.PHONY: help setup test lint manifests soak demo bench goodput clean
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ demo: setup  ## stream a model from disk with and without SubSpec, side by side
 
 bench: setup  ## measure the figures in benchmarks/ (ARGS are passed on)
 	@$(FAST) $(VENV_PYTHON) -m benchmarks.streamed $(ARGS)
+
+goodput: setup  ## measure a server under load with and without speculation (ARGS are passed on)
+	@$(FAST) $(VENV_PYTHON) -m benchmarks.goodput $(ARGS)
 
 clean:  ## remove .venv, caches and everything the demo and benchmarks made
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
