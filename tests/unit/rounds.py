@@ -15,5 +15,5 @@ def even_round(
     width: int = 1,
 ) -> Round:
     """A round of ``steps`` steps of ``width`` nodes a row; the seconds are those of all steps."""
-    nodes, seconds = [rows * width] * steps, [draft_seconds / steps] * steps
+    nodes, seconds = [rows * width] * steps, [draft_seconds / max(steps, 1)] * steps
     return Round(rows, nodes, seconds, verified_tokens, emitted_tokens, verify_seconds)

@@ -78,6 +78,12 @@ class RandomDrafter:
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
 
+    def pays(self, rows: int) -> bool:
+        raise AssertionError("whether it pays is for the outer drafter to say")
+
+    def observe_plain(self, rows: int, seconds: float) -> None:
+        raise AssertionError("whoever drafts in passes has no plain ones")
+
     def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
         drafts = []
         for row in rows:

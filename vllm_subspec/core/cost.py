@@ -42,6 +42,13 @@ _FORGET_STEP = 0.002  # weight of the newest step in the cost of steps; a round 
 # shares of what they would.
 _EXPLORED = (0.25, 1.0, 0.5, 0.25, 1.0, 0.5)
 _MARGIN = 4.0  # a time this many mean deviations too long is an outlier
+_TRIAL = 4  # rounds with drafts, after a rest: do they pay now?
+_REST = 4.0  # a rest is so many times as long as a trial; doubled as long as trials fail
+_LONGEST_REST = 64.0
+_SETTLED = 24  # rounds with drafts, before which none is judged: the first are too deep
+_LOOK = 16  # rounds with drafts between two looks at one without
+_WORTH_RESTING = 1.03  # plain rounds must be so much faster
+_WORTH_TRYING = 0.7  # where they are expected to be at least so fast, one is tried
 
 
 class AcceptanceModel:
@@ -149,6 +156,10 @@ class CostLine:
         """Seconds at ``x``: never below 0."""
         return max(0.0, self._y + self.slope * (x - self._x))
 
+    def doubt(self) -> None:
+        """What was observed so far is old: the next observations count for more than it."""
+        self._weight = min(self._weight, 1.0)
+
     def observe(self, x: float, seconds: float) -> None:
         if self.observed:
             predicted = self.predict(x)
@@ -189,11 +200,10 @@ class Round:
 class DepthController:
     """Decides, step by step, whether to grow the drafts of a batch by one more level.
 
-    At least one level is always drafted. It costs one step beside a pass over the whole model, and
-    it keeps acceptance and costs observed: a depth of 0 would never be left again. (What that
-    costs where drafting does not pay at all is bounded by one step and the tokens of its level.)
-    Before anything was measured, drafting goes on while the next token is more likely accepted
-    than not.
+    A round that drafts drafts at least one level, so that acceptance and costs stay observed.
+    Whether a round drafts at all, `pays` says: where plain rounds are faster (large batches, whose
+    passes compute longer than they stream), drafting rests and is tried again now and then. Before
+    anything was measured, drafting goes on while the next token is more likely accepted than not.
 
     Args:
         max_steps: most levels drafted; of a chain, its most tokens.
@@ -206,6 +216,11 @@ class DepthController:
         self.acceptance = AcceptanceModel()
         self._step = CostLine(_FORGET_STEP)  # seconds of a draft step, by nodes
         self._verify = CostLine()  # seconds of the rest of a round, by verified tokens
+        self._plain = CostLine()  # seconds of a round without drafts, by rows
+        self._rest = _REST
+        self._rest_left = 0.0  # seconds
+        self._trial_left = 0  # rounds
+        self._since_plain = 0  # rounds with drafts since the last one without
         # Emitted tokens, steps, verified tokens and nodes of all steps, of a row in a round.
         self._means = np.zeros(4)
         self._weight = 0.0
@@ -227,10 +242,58 @@ class DepthController:
             seconds += self._step.predict(rows * nodes / steps) * steps
         return float(rows * emitted / seconds) if seconds > 0 else 0.0
 
+    def plain_rate(self, rows: int) -> float:
+        """Tokens/s of rounds without drafts; 0 before there was one."""
+        seconds = self._plain.predict(rows)
+        return rows / seconds if seconds > 0 else 0.0
+
+    def pays(self, rows: int) -> bool:
+        """Whether the next round, of ``rows`` rows, is to draft. Asked once for a round."""
+        if self._rounds < len(_EXPLORED):
+            return True
+        if not self._plain.observed:
+            return False  # an early look; of other numbers of rows it expects too much, at first
+        drafting, plain = self.rate(rows), self.plain_rate(rows)
+        if plain <= _WORTH_RESTING * drafting or self._rounds < _SETTLED:
+            self._rest, self._rest_left, self._trial_left = _REST, 0.0, 0
+            self._since_plain += 1
+            return plain <= _WORTH_TRYING * drafting or self._since_plain <= _LOOK
+        if self._trial_left == 0 and self._rest_left == 0:
+            self._begin_rest(rows)
+        if self._rest_left > 0:
+            return False
+        if self._trial_left == _TRIAL:
+            self._doubt()
+        self._trial_left -= 1
+        if self._trial_left == 0:
+            self._rest = min(2 * self._rest, _LONGEST_REST)
+        return True
+
+    def _begin_rest(self, rows: int) -> None:
+        """The next trial will take as long as rounds like the recent ones do."""
+        self._trial_left = _TRIAL
+        self._rest_left = self._rest * _TRIAL * rows * self._means[0] / self.rate(rows)
+
+    def _doubt(self) -> None:
+        """What is known of drafting is from before the rest."""
+        self._step.doubt()
+        self._verify.doubt()
+        self._weight = min(self._weight, 1.0)
+
+    def observe_plain(self, rows: int, seconds: float) -> None:
+        """A round without drafts took ``seconds``."""
+        self._since_plain = 0
+        self._plain.observe(rows, seconds)
+        if self._rest_left > 0:
+            self._rest_left = max(0.0, self._rest_left - seconds)
+        else:  # one among many with drafts: it verified a single token of each row
+            self._verify.observe(rows, seconds)
+
     def begin_round(self, rows: int) -> None:
         """Fixes the prices of a step and of a verified token for a round of ``rows`` rows."""
         self._steps = 0
-        self._rate = self.rate(rows)
+        # The best rate that is known is what a step must beat.
+        self._rate = max(self.rate(rows), self.plain_rate(rows))
         if self._rate == 0:
             self._saved, self._token_price = 0.0, 0.5
             return
@@ -323,6 +386,9 @@ class FullGrowth(DepthController):
     It learns as its base does; what it learns decides only which nodes a tree keeps.
     """
 
+    def pays(self, rows: int) -> bool:
+        return True
+
     def expands(
         self, survival: npt.ArrayLike, displaced: npt.ArrayLike = 0.0
     ) -> npt.NDArray[np.bool_]:
@@ -376,6 +442,9 @@ class SequenceController(DepthController):
 
 class FixedSequence(SequenceController):
     """Every sequence as long as ``least``, if its limits allow: nothing depends on the clock."""
+
+    def pays(self, rows: int) -> bool:
+        return True
 
     def goes_on(self, survival: npt.ArrayLike, lengths: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         return (np.asarray(survival) > 0) & (np.asarray(lengths) < self.least)

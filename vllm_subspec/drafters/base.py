@@ -108,6 +108,9 @@ class Drafter(Protocol):
     def max_depth(self) -> int:
         """Levels that are drafted at most."""
 
+    def pays(self, rows: int) -> bool:
+        """Whether so many rows are to draft now: asked before each round that could."""
+
     def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
         """One tree per row, in the order asked; a row may get an empty one."""
 
@@ -119,6 +122,9 @@ class Drafter(Protocol):
 
     def observe_round(self, done: Round) -> None:
         """What a round cost whose drafts are the last ones."""
+
+    def observe_plain(self, rows: int, seconds: float) -> None:
+        """What a round cost in which nothing was drafted, one token for each row."""
 
 
 class Forward(Protocol):

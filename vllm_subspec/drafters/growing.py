@@ -25,6 +25,9 @@ class GrowingDrafter:
     def max_depth(self) -> int:
         return self.growth.max_steps
 
+    def pays(self, rows: int) -> bool:
+        return self.growth.pays(rows)
+
     def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
         for draft, path in zip(drafts, walks.paths, strict=True):
             nodes, accepted, first = verdicts(draft.tree, path)
@@ -32,3 +35,6 @@ class GrowingDrafter:
 
     def observe_round(self, done: Round) -> None:
         self.growth.observe_round(done)
+
+    def observe_plain(self, rows: int, seconds: float) -> None:
+        self.growth.observe_plain(rows, seconds)

@@ -104,19 +104,29 @@ class DraftProposer:
         self._learn(verification, sampled_token_ids, began)
         drafts = [DraftTokens.none() for _ in sampled_token_ids]
         rows: list[DraftRow] = []
-        computed: list[ComputedRow] = []
+        ends: dict[int, int] = {}  # of the texts of requests that do not draft
         for index, emitted in enumerate(sampled_token_ids):
             end = int(num_tokens_no_spec[index])
             row = self._row(index, token_ids_cpu[index, :end]) if emitted else None
             if row is not None:
                 rows.append(row)
-                continue
-            if not emitted:  # a part of the prompt; the token behind it is known
-                end = int(verification.roots[index]) + 2
-            name, end = verification.request_ids[index], min(end, self._models.max_length + 1)
-            computed.append(ComputedRow(index, name, token_ids_cpu[index, :end].copy()))
-        if computed:
-            self.drafter.follow(computed)
+            else:  # of a part of a prompt the token behind it is known
+                ends[index] = end if emitted else int(verification.roots[index]) + 2
+        if rows and not self.drafter.pays(len(rows)):
+            ends |= {row.index: row.history.size for row in rows}
+            rows = []
+        if ends:
+            longest = self._models.max_length + 1
+            self.drafter.follow(
+                [
+                    ComputedRow(
+                        index,
+                        verification.request_ids[index],
+                        token_ids_cpu[index, : min(end, longest)].copy(),
+                    )
+                    for index, end in sorted(ends.items())
+                ]
+            )
         if rows:
             for row, draft in zip(rows, self.drafter.propose(rows), strict=True):
                 drafts[row.index] = draft
@@ -157,8 +167,13 @@ class DraftProposer:
         """What became of the last drafts, and what the round cost."""
         assert verification.walks is not None
         self.drafter.observe(verification.drafts, verification.walks)
-        drafted = verification.sizes > 0
-        if not drafted.any() or self._pass_began is None:
+        if self._pass_began is None:
+            return
+        drafted, rows = verification.sizes > 0, len(sampled_token_ids)
+        if not drafted.any():
+            if (np.diff(verification.starts) == 1).all():  # a prompt costs more than its last token
+                (seconds,) = ranks.agree([now - self._pass_began])
+                self.drafter.observe_plain(rows, seconds)
             return
         emitted = sum(len(sampled_token_ids[row]) for row in drafted.nonzero()[0])
         record = self._record(verification, emitted, self._pass_began, now)
