@@ -62,6 +62,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "model_runner_output",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
+    "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": (),
     "vllm.v1.structured_output:StructuredOutputManager.validate_tokens": (
         "request",
         "spec_tokens",
