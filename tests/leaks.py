@@ -3,6 +3,7 @@
 """What a process that serves for long must not gather: memory, open files, threads."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,25 +27,32 @@ class Sample(NamedTuple):
 
 @dataclass
 class Leaks:
-    """Samples of this process.
+    """Samples of processes, all of them together.
 
     Args:
         warm_up: share of the samples that are not looked at, as everything is used for the first
             time meanwhile.
     """
 
+    processes: Sequence[psutil.Process] = field(default_factory=lambda: [psutil.Process()])
     warm_up: float = 0.4
     samples: list[Sample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._process = psutil.Process()
         self._begin = time.monotonic()
 
     def sample(self) -> None:
         minutes = (time.monotonic() - self._begin) / 60
-        resident = self._process.memory_info().rss / 1e6
-        files, threads = self._process.num_fds(), self._process.num_threads()
+        resident = sum(process.memory_info().rss for process in self.processes) / 1e6
+        files = sum(process.num_fds() for process in self.processes)
+        threads = sum(process.num_threads() for process in self.processes)
         self.samples.append(Sample(minutes, resident, files, threads))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mb_per_minute:+.2f} MB/min over the last {self.minutes:.1f} minutes, "
+            f"{self.samples[-1].files} files, {self.samples[-1].threads} threads"
+        )
 
     @property
     def warm(self) -> list[Sample]:

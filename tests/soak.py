@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Random requests, with token trees and without speculation: not one token may differ.
 
-    python -m tests.soak [--requests 10000] [--minutes 12] [--seed 0] [--repeat]
+    python -m tests.soak [--requests 10000] [--minutes 12] [--seed 0] [--repeat] [--http]
 
 Short prompts with common prefixes, greedy and sampled (with seeds: then sampled text is a fixed
 function of the prompt too), all the sampling parameters, structured output, stop strings, tiny
@@ -10,6 +10,8 @@ batches, few KV blocks (preemption), a token budget that cuts trees, aborts at r
 round to round another branching, depth and pruning. float32. An aborted request must have emitted
 a prefix of its answer. Four times as many requests are sent as the engine runs at once. Ends with
 status 1 at the first difference, or if pages, memory, files or threads were gathered meanwhile.
+
+With --http they go to `vllm serve` in processes of its own: see `tests.soak_http`.
 """
 
 import argparse
@@ -73,9 +75,17 @@ PIECES = [
 @dataclass(frozen=True)
 class Asked:
     prompt: list[int]
-    params: SamplingParams
+    given: dict[str, Any]
+    """Sampling parameters, by the names they have over HTTP, too."""
     steps: int | None
     """Aborted after so many engine steps; None: never."""
+
+    @property
+    def params(self) -> SamplingParams:
+        given = dict(self.given)
+        if grammar := given.pop("structured_outputs", None):
+            given["structured_outputs"] = StructuredOutputsParams(**grammar)
+        return SamplingParams(**given)
 
 
 def requests(count: int, seed: int, tokenizer: Any) -> list[Asked]:
@@ -88,7 +98,7 @@ def requests(count: int, seed: int, tokenizer: Any) -> list[Asked]:
     return made
 
 
-def parameters(rng: random.Random, number: int, tokenizer: Any) -> SamplingParams:
+def parameters(rng: random.Random, number: int, tokenizer: Any) -> dict[str, Any]:
     def sometimes(share: float, name: str, value: Any) -> dict[str, Any]:
         return {name: value} if rng.random() < share else {}
 
@@ -107,12 +117,14 @@ def parameters(rng: random.Random, number: int, tokenizer: Any) -> SamplingParam
     given |= sometimes(0.05, "allowed_token_ids", list(range(3, 900)))
     given |= sometimes(0.5, "ignore_eos", True)
     if rng.random() < 0.06:
-        given["structured_outputs"] = StructuredOutputsParams(**rng.choice(GRAMMARS))
-    return SamplingParams(**given)
+        given["structured_outputs"] = rng.choice(GRAMMARS)
+    return given
 
 
 Got = tuple[tuple[int, ...], bool]
 """A request's tokens, and whether it ended by itself."""
+Pairs = list[tuple[list[Asked], list[Got]]]
+"""Waves, and what an engine without speculation answers them."""
 
 
 class Engine:
@@ -186,20 +198,16 @@ class Soak:
         """What is wrong; None if nothing is."""
         ends = time.monotonic() + 60 * self.minutes
         pairs = self._plain(ends)
-        with tempfile.TemporaryDirectory() as store:
-            engine = Engine({**SUBSPEC, "store_dir": store})
-            try:
-                wrong = self._compare(engine, pairs, ends)
-                stats = engine.llm.collective_rpc("round_log")[0]["totals"]
-            finally:
-                engine.close()
-        self.tau = stats["emitted_tokens"] / max(1, stats["request_rounds"])
+        with tempfile.TemporaryDirectory() as folder:
+            wrong = self._drafted(pairs, ends, Path(folder))
         return wrong or "; ".join(self.leaks.found()) or None
 
-    def _plain(self, ends: float) -> list[tuple[list[Asked], list[Got]]]:
-        """Waves, and what an engine without speculation answers them."""
+    def _made(self, tokenizer: Any) -> list[Asked]:
+        return requests(self.requests, self.seed, tokenizer)
+
+    def _plain(self, ends: float) -> Pairs:
         engine = Engine(None)
-        made = requests(self.requests, self.seed, engine.llm.get_tokenizer())
+        made = self._made(engine.llm.get_tokenizer())
         waves = [made[i : i + self.wave] for i in range(0, len(made), self.wave)]
         pairs = []
         share = 0.1 if self.repeat else 0.3
@@ -211,9 +219,18 @@ class Soak:
         engine.close()
         return pairs
 
-    def _compare(
-        self, engine: Engine, pairs: Sequence[tuple[list[Asked], list[Got]]], ends: float
-    ) -> str | None:
+    def _drafted(self, pairs: Pairs, ends: float, folder: Path) -> str | None:
+        """What is wrong with the answers of an engine that speculates."""
+        engine = Engine({**SUBSPEC, "store_dir": str(folder)})
+        try:
+            wrong = self._compare(engine, pairs, ends)
+            stats = engine.llm.collective_rpc("round_log")[0]["totals"]
+        finally:
+            engine.close()
+        self.tau = stats["emitted_tokens"] / max(1, stats["request_rounds"])
+        return wrong
+
+    def _compare(self, engine: Engine, pairs: Pairs, ends: float) -> str | None:
         rng = random.Random(self.seed)
         rounds = itertools.cycle(pairs) if self.repeat else pairs
         for wave, expected in tqdm(rounds, desc="drafting", unit="wave"):
@@ -227,14 +244,17 @@ class Soak:
             }
             engine.llm.collective_rpc("set_drafting", kwargs=way)
             for request, a, b in zip(wave, expected, engine.answer(wave), strict=True):
-                self.compared += 1
-                self.emitted += len(b[0])
-                if differs(a, b):
+                if self.differs(a, b):
                     return f"DIFFERENT with {way}: {request}\n{a}\n{b}"
             if kept := engine.kept():
                 return f"an idle engine keeps {kept}"
             self.leaks.sample()
         return None
+
+    def differs(self, plain: Got, drafted: Got) -> bool:
+        self.compared += 1
+        self.emitted += len(drafted[0])
+        return differs(plain, drafted)
 
 
 def main() -> int:
@@ -244,14 +264,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=Soak.seed)
     parser.add_argument("--wave", type=int, default=Soak.wave, help="requests sent at once")
     parser.add_argument("--repeat", action="store_true", help="until the minutes are over")
-    soak = Soak(**vars(parser.parse_args()))
+    parser.add_argument("--http", action="store_true", help="to a server, over HTTP")
+    given = vars(parser.parse_args())
+    if given.pop("http"):
+        from tests.soak_http import HttpSoak
+
+        soak: Soak = HttpSoak(**given)
+    else:
+        soak = Soak(**given)
     wrong = soak.run()
     leaks = soak.leaks
     print(f"{soak.compared} requests, {soak.emitted} tokens; tau {soak.tau:.2f} in full batches")
-    print(
-        f"{leaks.mb_per_minute:+.2f} MB/min over the last {leaks.minutes:.1f} minutes, "
-        f"{leaks.samples[-1].files} files, {leaks.samples[-1].threads} threads"
-    )
+    print(leaks)
     if wrong:
         print(wrong, file=sys.stderr)
         return 1

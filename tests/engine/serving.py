@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
-from tests.engine.helpers import DEFAULTS, MODEL, ROUGH
+from tests.engine.helpers import DEFAULTS, MODEL, ROUGH, Settings
 
 START_SECONDS = 240
 STOP_SECONDS = 30
 TEMPLATE = Path(__file__).parent / "data" / "chat.jinja"
 TOKENS = 48
+SERVED = {
+    name: DEFAULTS[name]
+    for name in ("max_model_len", "block_size", "kv_cache_memory_bytes", "max_num_seqs")
+}
 
 
 @dataclass
@@ -74,23 +79,51 @@ class Server:
         tail = self.log.read_text(errors="replace")[-4000:]
         pytest.fail(f"the server did not start (exit status {self.process.poll()}):\n{tail}")
 
+    def processes(self) -> list[psutil.Process]:
+        """All that live. (Who is orphaned and ends stays a zombie where nobody asks for it.)"""
+        living = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                ours = os.getpgid(process.pid) == self.process.pid
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    living.append(process)
+        return living
+
+    def engine(self) -> psutil.Process:
+        """Its engine core."""
+        (only,) = _started_by(psutil.Process(self.process.pid))
+        return only
+
+    def workers(self) -> list[psutil.Process]:
+        """The ranks that are processes of their own."""
+        return _started_by(self.engine())
+
     def wait_until_gone(self, seconds: float = STOP_SECONDS) -> int:
-        """The exit status, once every process of the server has ended."""
+        """The exit status, once every process of the server has ended and its port is free."""
         status = self.process.wait(seconds)
         deadline = time.monotonic() + 10
-        while True:  # its engine too
-            try:
-                os.killpg(self.process.pid, 0)
-            except ProcessLookupError:
-                return status
-            assert time.monotonic() < deadline, "a process of the server is left"
+        while left := self.processes():  # its engine too
+            assert time.monotonic() < deadline, f"processes of the server are left: {left}"
             time.sleep(0.2)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", self.port))
+        return status
+
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text(errors="replace")
 
     def complete(self, text: str, **settings: object) -> str:
         reply = self.client().completions.create(
             model="pystd", prompt=text, max_tokens=TOKENS, temperature=0, **settings
         )
         return str(reply.choices[0].text)
+
+
+def _started_by(process: psutil.Process) -> list[psutil.Process]:
+    children: list[psutil.Process] = process.children()
+    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 def free_port() -> int:
@@ -104,6 +137,9 @@ def launched(
     folder: Path,
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    model: Path = MODEL,
+    options: Settings = ROUGH,
+    settings: Settings = SERVED,
 ) -> Iterator[Server]:
     """A server that has just been started, and is ended at the end if it lives.
 
@@ -111,18 +147,20 @@ def launched(
         folder: of its log and its weight store, which a later server of the same folder finds.
         arguments: more options.
         environment: more variables.
+        options: the ``speculative_config``, but for the ``store_dir``.
+        settings: of the engine, by their names in Python.
     """
     port = free_port()
     variables = {**os.environ, **(environment or {})}
     # The front end and the engine are two processes, as they are for users.
     del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
     variables.pop("VLLM_LOGGING_LEVEL")
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(MODEL)]
-    command += ["--speculative-config", json.dumps({**ROUGH, "store_dir": str(folder / "store")})]
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
+    command += ["--speculative-config", json.dumps({**options, "store_dir": str(folder / "store")})]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pystd"]
     command += ["--dtype", "float32", "--enforce-eager", "--chat-template", str(TEMPLATE)]
-    for option in ("max_model_len", "block_size", "kv_cache_memory_bytes", "max_num_seqs"):
-        command += [f"--{option.replace('_', '-')}", str(DEFAULTS[option])]
+    for name, value in settings.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     log = folder / f"log-{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -34,6 +34,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs, FinishReason
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -133,6 +134,7 @@ def test_applying_twice_changes_nothing() -> None:
                 (StructuredOutputManager, "validate_tokens"),
                 (StructuredOutputManager, "grammar_bitmask"),
                 (SamplingParams, "_validate_spec_decode"),
+                (EngineCoreProc, "run_busy_loop"),
             )
         ]
 

@@ -20,6 +20,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils import cpu_triton_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.sample.ops import topk_topp_sampler
@@ -28,7 +29,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.grammar_walk import best_path, fill_masks, valid_nodes
-from vllm_subspec.engine import refusals
+from vllm_subspec.engine import orphan, refusals
 from vllm_subspec.engine.failure import FailedOutput, fail_requests
 from vllm_subspec.engine.method import PROPOSER, options_of
 
@@ -45,6 +46,7 @@ def apply() -> None:
         _no_rows,
         _tree_grammar,
         _sampling_parameters,
+        _orphans,
     )
     for patch in patches:
         patch()
@@ -252,3 +254,18 @@ def _sampling_parameters() -> None:
         return _validate_spec_decode
 
     _replace(SamplingParams, "_validate_spec_decode", make)
+
+
+def _orphans() -> None:
+    """patches/0008: an engine ends when its front end has been killed."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def run_busy_loop(self: EngineCoreProc) -> None:
+            if options_of(self.vllm_config) is not None:
+                orphan.end_with_parent()
+            original(self)
+
+        return run_busy_loop
+
+    _replace(EngineCoreProc, "run_busy_loop", make)
