@@ -107,6 +107,7 @@ def _own_copy(model: Path, folder: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(model, partial)
         os.sync()  # pages that are not on disk yet cannot be forgotten
+        memory.forget([partial])
         partial.rename(copy)
     return copy
 
