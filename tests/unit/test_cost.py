@@ -128,7 +128,9 @@ def test_first_token_is_always_drafted_and_the_limit_holds() -> None:
         DepthController(0)
 
 
-def rounds(controller: DepthController, count: int, slow: float, plain: float) -> list[bool]:
+def rounds(
+    controller: DepthController, count: int, slow: float, plain: float, pure: bool = True
+) -> list[bool]:
     """Whether each of the next ``count`` rounds drafts, which then emits 2 tokens in ``slow``
     seconds; one without drafts takes ``plain``."""
     drafted = []
@@ -139,7 +141,7 @@ def rounds(controller: DepthController, count: int, slow: float, plain: float) -
             assert controller.keep_drafting([1.0])
             controller.observe_round(even_round(1, 1, 2, 2, slow / 2, slow / 2))
         else:
-            controller.observe_plain(1, plain)
+            controller.observe_plain(1, plain, pure)
     return drafted
 
 
@@ -160,6 +162,14 @@ def test_where_drafting_pays_a_plain_round_is_looked_at_now_and_then() -> None:
     assert sum(rounds(DepthController(3), 1000, slow=0.5, plain=1.0)) == 999  # once
     close = rounds(DepthController(3), 1000, slow=1.8, plain=1.0)
     assert 930 < sum(close) < 970
+
+
+def test_where_every_round_reads_prompts_drafting_goes_on() -> None:
+    """No plain round of such says what one costs, and each look is the last for a while."""
+    assert sum(rounds(DepthController(3), 1000, slow=3.0, plain=1.0, pure=False)) > 930
+    resting = DepthController(3)
+    rounds(resting, 100, slow=3.0, plain=1.0)
+    assert sum(rounds(resting, 1000, slow=3.0, plain=1.0, pure=False)) >= 4  # rests end
 
 
 def test_what_prunes_nothing_never_rests() -> None:

@@ -81,7 +81,7 @@ class RandomDrafter:
     def pays(self, rows: int) -> bool:
         raise AssertionError("whether it pays is for the outer drafter to say")
 
-    def observe_plain(self, rows: int, seconds: float) -> None:
+    def observe_plain(self, rows: int, seconds: float, pure: bool) -> None:
         raise AssertionError("whoever drafts in passes has no plain ones")
 
     def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:

@@ -220,7 +220,7 @@ class DepthController:
         self._rest = _REST
         self._rest_left = 0.0  # seconds
         self._trial_left = 0  # rounds
-        self._since_plain = 0  # rounds with drafts since the last one without
+        self._since_look = _LOOK  # rounds with drafts since the last look at one without
         # Emitted tokens, steps, verified tokens and nodes of all steps, of a row in a round.
         self._means = np.zeros(4)
         self._weight = 0.0
@@ -251,13 +251,11 @@ class DepthController:
         """Whether the next round, of ``rows`` rows, is to draft. Asked once for a round."""
         if self._rounds < len(_EXPLORED):
             return True
-        if not self._plain.observed:
-            return False  # an early look; of other numbers of rows it expects too much, at first
         drafting, plain = self.rate(rows), self.plain_rate(rows)
         if plain <= _WORTH_RESTING * drafting or self._rounds < _SETTLED:
             self._rest, self._rest_left, self._trial_left = _REST, 0.0, 0
-            self._since_plain += 1
-            return plain <= _WORTH_TRYING * drafting or self._since_plain <= _LOOK
+            close = plain > _WORTH_TRYING * drafting or not self._plain.observed
+            return not (close and self._looks())
         if self._trial_left == 0 and self._rest_left == 0:
             self._begin_rest(rows)
         if self._rest_left > 0:
@@ -267,6 +265,14 @@ class DepthController:
         self._trial_left -= 1
         if self._trial_left == 0:
             self._rest = min(2 * self._rest, _LONGEST_REST)
+        return True
+
+    def _looks(self) -> bool:
+        """Whether it is time for a look at a round without drafts."""
+        self._since_look += 1
+        if self._since_look <= _LOOK:
+            return False
+        self._since_look = 0
         return True
 
     def _begin_rest(self, rows: int) -> None:
@@ -280,14 +286,18 @@ class DepthController:
         self._verify.doubt()
         self._weight = min(self._weight, 1.0)
 
-    def observe_plain(self, rows: int, seconds: float) -> None:
-        """A round without drafts took ``seconds``."""
-        self._since_plain = 0
-        self._plain.observe(rows, seconds)
-        if self._rest_left > 0:
-            self._rest_left = max(0.0, self._rest_left - seconds)
-        else:  # one among many with drafts: it verified a single token of each row
-            self._verify.observe(rows, seconds)
+    def observe_plain(self, rows: int, seconds: float, pure: bool = True) -> None:
+        """A round without drafts took ``seconds``.
+
+        Args:
+            pure: it computed one token of each row; else also parts of prompts, and says nothing
+                about such rounds.
+        """
+        if pure:
+            self._plain.observe(rows, seconds)
+            if self._rest_left == 0:  # among rounds with drafts: it verified the roots alone
+                self._verify.observe(rows, seconds)
+        self._rest_left = max(0.0, self._rest_left - seconds)
 
     def begin_round(self, rows: int) -> None:
         """Fixes the prices of a step and of a verified token for a round of ``rows`` rows."""

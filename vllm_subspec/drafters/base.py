@@ -123,8 +123,8 @@ class Drafter(Protocol):
     def observe_round(self, done: Round) -> None:
         """What a round cost whose drafts are the last ones."""
 
-    def observe_plain(self, rows: int, seconds: float) -> None:
-        """What a round cost in which nothing was drafted, one token for each row."""
+    def observe_plain(self, rows: int, seconds: float, pure: bool) -> None:
+        """What a round cost in which nothing was drafted; ``pure``: one token for each row."""
 
 
 class Forward(Protocol):

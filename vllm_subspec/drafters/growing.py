@@ -36,5 +36,5 @@ class GrowingDrafter:
     def observe_round(self, done: Round) -> None:
         self.growth.observe_round(done)
 
-    def observe_plain(self, rows: int, seconds: float) -> None:
-        self.growth.observe_plain(rows, seconds)
+    def observe_plain(self, rows: int, seconds: float, pure: bool) -> None:
+        self.growth.observe_plain(rows, seconds, pure)

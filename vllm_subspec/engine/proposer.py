@@ -169,11 +169,12 @@ class DraftProposer:
         self.drafter.observe(verification.drafts, verification.walks)
         if self._pass_began is None:
             return
-        drafted, rows = verification.sizes > 0, len(sampled_token_ids)
+        drafted = verification.sizes > 0
         if not drafted.any():
-            if (np.diff(verification.starts) == 1).all():  # a prompt costs more than its last token
-                (seconds,) = ranks.agree([now - self._pass_began])
-                self.drafter.observe_plain(rows, seconds)
+            (seconds,) = ranks.agree([now - self._pass_began])
+            # A prompt costs more than its last token.
+            pure = bool((np.diff(verification.starts) == 1).all())
+            self.drafter.observe_plain(len(sampled_token_ids), seconds, pure)
             return
         emitted = sum(len(sampled_token_ids[row]) for row in drafted.nonzero()[0])
         record = self._record(verification, emitted, self._pass_began, now)
