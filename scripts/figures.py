@@ -85,14 +85,34 @@ token, over 8 tokens {low["8"]:.1f} times. Unlike on a GPU its bfloat16 twin is 
 as this CPU multiplies bfloat16 slowly."""
 
 
+def peers(results: dict[str, Any]) -> str:
+    """Other ways to run the model in the same memory (peers.json)."""
+    ran = sorted(results["peers"].values(), key=speed, reverse=True)
+    rows = [
+        [
+            row["what"],
+            f"{speed(row):.2f}",
+            "" if row is ran[0] else f"{row['subspec_over_this']:.1f}",
+            f"{row['first_token_seconds']:.1f}",
+        ]
+        for row in ran
+    ]
+    reasons: dict[str, list[str]] = {}
+    for row in results["could_not_run"].values():
+        reasons.setdefault(row["why"], []).append(row["what"])
+    missing = "\n".join(f"- {', '.join(whats)}: {why}." for why, whats in reasons.items())
+    head = ["way", "tokens/s", "SubSpec is faster by", "first token, s"]
+    return f"{table(head, rows)}\n\nWhat could not run here:\n\n{missing}"
+
+
 def command(results: dict[str, Any]) -> str:
     return f"    {results['environment']['command']}"
 
 
 def render() -> str:
     """The section, marks included."""
-    ways, hierarchy = load("streamed"), load("hierarchy")
-    told = ways["scenario"]
+    ways, hierarchy, others = load("streamed"), load("hierarchy"), load("peers")
+    told, gib = ways["scenario"], 2**30
     return f"""\
 {BEGIN}
 {command(ways)}
@@ -105,6 +125,15 @@ per round, and these over streaming plus drafting time / over the longer of the 
 
 ![Tokens per second of each way](benchmarks/results/streamed.svg)
 ![Tokens per second by depth](benchmarks/results/streamed-depth.svg)
+
+**Other ways to run a model larger than memory** ({others["model_bytes"] / gib:.1f} GiB model, \
+{others["memory_limit_bytes"] / gib:.1f} GiB of memory for each, page
+cache included; greedy, {others["prompts"]} prompts x {others["tokens"]} tokens or \
+{others["seconds_per_answer"]:.0f} seconds, the prompt's own pass counted; taking turns):
+
+{command(others)}
+
+{peers(others)}
 
 **A 4-bit target** (0.5 GiB model in W4A16, `pystd-1m` as the small model, greedy, one request, 4
 prompts x 128 tokens; one engine for each way, taking turns):
