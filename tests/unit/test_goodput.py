@@ -91,10 +91,13 @@ def test_a_row_counts_the_answers_that_differ_and_leaves_failed_ones_out_of_the_
     assert (subspec["answers_that_differ"], subspec["tokens_per_round"]) == (1, 3.5)
 
 
-@pytest.mark.parametrize(("speculation", "drafts"), [(False, 5), (True, 0)])
-def test_a_run_that_did_not_draft_as_told_is_no_measurement(speculation: bool, drafts: int) -> None:
+def test_a_run_that_drafted_though_speculation_was_off_is_no_measurement() -> None:
     with pytest.raises(ValueError, match="was not asked for"):
-        row(detailed(spec_decode_num_drafts=drafts), speculation, 0, TEXTS)
+        row(detailed(spec_decode_num_drafts=5), False, 0, TEXTS)
+
+
+def test_a_run_may_rest_from_drafting() -> None:
+    assert row(detailed(spec_decode_num_drafts=0), True, 0, TEXTS)["drafts"] == 0
 
 
 def test_a_ratio_is_the_median_of_the_repeats() -> None:
