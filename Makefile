@@ -15,11 +15,12 @@ help:  ## list these commands
 setup:  ## make .venv with vLLM for this machine (done once, then quick)
 	@$(PYTHON) scripts/setup.py
 
-# Engines in a process of their own: vLLM's process groups live as long as the process. Exit 5 is
-# pytest's "nothing selected", which is fine for one of the two when ARGS choose.
+# Engines in processes of their own: vLLM's process groups live as long as the process. The tests of
+# a file share engines. Exit 5 is pytest's "nothing selected", which is fine for one of the two when
+# ARGS choose.
 test: setup  ## run the tests (ARGS="-k store" to choose)
 	@for tests in "tests/unit tests/gpu" tests/engine; do \
-	    ($(FAST) $(VENV_PYTHON) -m pytest $$tests $(ARGS)) \
+	    ($(FAST) $(VENV_PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder $$tests $(ARGS)) \
 	        || { [ $$? -eq 5 ] && [ -n '$(ARGS)' ]; } || exit 1; \
 	done
 

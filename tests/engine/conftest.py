@@ -24,7 +24,7 @@ import pytest
 
 from tests.engine.helpers import Engines
 
-LONGEST_SECONDS = 400
+LONGEST_SECONDS = 900
 """No test takes as long, its fixtures included, unless the engine hangs."""
 
 

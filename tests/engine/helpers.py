@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from msgspec.structs import asdict
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams
 from vllm import _custom_ops as ops
 from vllm.tokenizers import get_tokenizer
 
@@ -60,6 +60,12 @@ def resident_gib(layers: int) -> float:
     attention = (2 * heads + 2 * config["num_key_value_heads"]) * config["head_dim"] * hidden
     layer = 4 * (attention + 3 * hidden * config["intermediate_size"])
     return (layers + 0.5) * layer / (1 << 30)
+
+
+def import_model_class(architecture: str) -> None:
+    """vLLM inspects a class that it knows by name only in a new process: up to 20 seconds."""
+    known = ModelRegistry.models[architecture].load_model_cls()
+    ModelRegistry.register_model(architecture, known)
 
 
 class Answer(NamedTuple):
@@ -127,6 +133,8 @@ class Engines:
         self._key = ""
         self._llm: LLM | None = None
         self._references: dict[str, list[Answer]] = {}
+        for prefix in ("", "Eagle", "Eagle3"):
+            import_model_class(f"{prefix}LlamaForCausalLM")
 
     def get(self, speculative: Settings | None, model: Path = MODEL, **settings: Any) -> LLM:
         """An engine with ``settings`` over `DEFAULTS`; the one before is shut down.

@@ -21,11 +21,12 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from openai.types import Completion
 
 from tests.engine.helpers import DEFAULTS, MODEL, ROUGH, Settings
 
 START_SECONDS = 240
-STOP_SECONDS = 30
+STOP_SECONDS = 60
 TEMPLATE = Path(__file__).parent / "data" / "chat.jinja"
 TOKENS = 48
 SERVED = {
@@ -45,11 +46,11 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60, max_retries=0)
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, timeout=120, max_retries=0)
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as reply:
             return str(reply.read().decode())
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
@@ -101,7 +102,7 @@ class Server:
     def wait_until_gone(self, seconds: float = STOP_SECONDS) -> int:
         """The exit status, once every process of the server has ended and its port is free."""
         status = self.process.wait(seconds)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + STOP_SECONDS
         while left := self.processes():  # its engine too
             assert time.monotonic() < deadline, f"processes of the server are left: {left}"
             time.sleep(0.2)
@@ -119,6 +120,17 @@ class Server:
             model="pystd", prompt=text, max_tokens=TOKENS, temperature=0, **settings
         )
         return str(reply.choices[0].text)
+
+    def stream(self, text: str, tokens: int, api_key: str = "none") -> openai.Stream[Completion]:
+        """A greedy answer of exactly so many tokens, in pieces."""
+        return self.client(api_key).completions.create(
+            model="pystd",
+            prompt=text,
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
 
 
 def _started_by(process: psutil.Process) -> list[psutil.Process]:

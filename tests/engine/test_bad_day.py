@@ -142,16 +142,7 @@ def complete(server: Server, text: str, tokens: int = TOKENS) -> str:
 
 
 def stream(server: Server, text: str, tokens: int) -> Iterator[str]:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=SECRET, timeout=60, max_retries=0)
-    chunks = client.completions.create(
-        model="pystd",
-        prompt=text,
-        max_tokens=tokens,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    for chunk in chunks:
+    for chunk in server.stream(text, tokens, SECRET):
         yield chunk.choices[0].text
 
 

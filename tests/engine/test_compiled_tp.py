@@ -49,7 +49,7 @@ def test_compiled_target(engines: Engines, tmp_path: Path, monkeypatch: pytest.M
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Against two ranks without speculation: another split of the sums is another rounding."""
-    ways = two_ranks.run("mp", tmp_path, ["drafting", "hierarchy"], seconds=400)
+    ways = two_ranks.run("mp", tmp_path, ["drafting", "hierarchy"], seconds=800)
     for name in ("drafting", "hierarchy"):
         two_ranks.assert_same_answers(ways[name], ways["plain"])
         two_ranks.assert_ranks_drafted_alike(ways[name])

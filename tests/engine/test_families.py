@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from vllm import LLM, ModelRegistry
+from vllm import LLM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from tests.engine.helpers import (
@@ -23,6 +23,7 @@ from tests.engine.helpers import (
     draft_counts,
     generate,
     greedy,
+    import_model_class,
     memory_plan,
     worker_of,
 )
@@ -109,9 +110,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
                 torch.nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(tmp_path)
         (architecture,) = model.config.architectures
-        # vLLM inspects a class that it knows by name only in a new process: several seconds.
-        known = ModelRegistry.models[architecture].load_model_cls()
-        ModelRegistry.register_model(architecture, known)
+        import_model_class(architecture)
         return Checkpoint(tmp_path, model)
 
     return make

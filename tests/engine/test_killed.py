@@ -56,14 +56,7 @@ def answers(server: Server) -> list[str]:
 
 def kill_in_mid_generation(server: Server, victim: psutil.Process) -> None:
     """The client that waits is told at once."""
-    chunks = server.client().completions.create(
-        model="pystd",
-        prompt=TEXTS[0],
-        max_tokens=400,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
+    chunks = server.stream(TEXTS[0], 400)
     next(iter(chunks))
     victim.kill()
     with pytest.raises((openai.APIError, httpx.TransportError)):

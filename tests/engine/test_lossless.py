@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
 from tests.engine.helpers import (
     CHAIN,
@@ -24,9 +24,11 @@ from tests.engine.helpers import (
     memory_plan,
     metric,
     resident_gib,
+    scheduler_of,
     source_prompts,
     worker_of,
 )
+from vllm_subspec.core.cost import Reading
 from vllm_subspec.core.draft_tokens import DraftTokens
 
 # Prompts of up to 300 tokens through passes of at most 192: long ones come in chunks, beside rows
@@ -283,6 +285,57 @@ def test_drafting_changed_while_serving(engines: Engines, reference_growing: lis
         assert max(depth for _, depth in seen[i]) <= levels, change
         if change.get("pruning") != "dynamic":
             assert (nodes, levels) in seen[i], change
+
+
+def test_tokens_do_not_wait_for_the_next_draft(
+    engines: Engines, reference_growing: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server sends what the scheduler returns before it asks for the drafts (`post_step`)."""
+    llm = engines.get(ROUGH, **CHUNKED)
+    scheduler, proposer = scheduler_of(llm), worker_of(llm).proposer
+    done: list[str] = []
+
+    def noting(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for owner, name in (
+        (proposer, "target_computed"),
+        (scheduler, "update_from_output"),
+        (proposer, "propose"),
+    ):
+        noting(owner, name)
+    assert_same(generate(llm, *GROWING), reference_growing)
+    steps = len(done) // 3
+    assert steps > 10 and done == ["target_computed", "update_from_output", "propose"] * steps
+
+
+def test_rests_from_drafting_are_counted(
+    engines: Engines, reference_growing: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engines.get(ROUGH, **CHUNKED)
+    said: list[bool] = []
+
+    def pays(rows: int, reading: Reading | None = None) -> bool:
+        said.append(len(said) % 3 == 0)
+        return said[-1]
+
+    monkeypatch.setattr(worker_of(llm).proposer.drafter, "pays", pays)
+    before = _counters(llm)
+    assert_same(generate(llm, *GROWING), reference_growing)
+    after = _counters(llm)
+    assert after["rested_rounds"] - before["rested_rounds"] == said.count(False)
+    assert after["rounds"] > before["rounds"] + 4
+
+
+def _counters(llm: LLM) -> dict[str, int]:
+    (known,) = llm.collective_rpc("statistics")
+    return known["counters"]
 
 
 def _shape(draft: DraftTokens) -> tuple[int, int]:

@@ -15,7 +15,16 @@ from vllm import EngineArgs
 from vllm.config import KVTransferConfig
 from vllm.platforms import current_platform
 
-from tests.engine.helpers import CHAIN, MODEL, ROUGH, Engines, encode, generate, greedy
+from tests.engine.helpers import (
+    CHAIN,
+    MODEL,
+    ROUGH,
+    Engines,
+    encode,
+    generate,
+    greedy,
+    import_model_class,
+)
 from tests.engine.hierarchies import SMALL
 from vllm_subspec.engine import attention
 
@@ -26,7 +35,10 @@ def shape(tmp_path: Path) -> Any:
 
     def make(**config: Any) -> Path:
         given = json.loads((MODEL / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**given, **config}))
+        given |= config
+        for architecture in given["architectures"]:
+            import_model_class(architecture)
+        (tmp_path / "config.json").write_text(json.dumps(given))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / name).write_text((MODEL / name).read_text())
         return tmp_path

@@ -150,7 +150,6 @@ def refusal(model: ModelConfig, given: Any) -> str | None:
 
 
 OURS = settings(
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

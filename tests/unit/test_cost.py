@@ -13,6 +13,7 @@ from vllm_subspec.core.cost import (
     DepthController,
     FixedSequence,
     FullGrowth,
+    Reading,
     Round,
 )
 
@@ -170,6 +171,24 @@ def test_where_every_round_reads_prompts_drafting_goes_on() -> None:
     resting = DepthController(3)
     rounds(resting, 100, slow=3.0, plain=1.0)
     assert sum(rounds(resting, 1000, slow=3.0, plain=1.0, pure=False)) >= 4  # rests end
+
+
+def test_while_prompts_are_read_drafting_goes_on_only_where_it_costs_little() -> None:
+    """Rounds draft 8 tokens of a row in 0.1 s and emit 5, at 10 tokens/s."""
+    controller = DepthController(8)
+    computing = Reading(seconds=2.0, waited=0.0, tokens=1000)
+    assert not controller.pays(1, computing)  # nothing is known
+    controller.observe_plain(1, 1.0)
+    for _ in range(30):
+        assert controller.pays(1)
+        controller.begin_round(1)
+        controller.observe_round(even_round(1, 8, 9, 5, 0.1, 0.4))
+    # A pass that computes all the time takes 0.116 s longer and yields 4 tokens: 34 tokens/s.
+    assert controller.pays(1, computing)
+    # Where a token takes 40 ms it takes 0.42 s longer: 9.5 tokens/s.
+    assert not controller.pays(1, Reading(seconds=2.0, waited=0.0, tokens=50))
+    # If it waited for its weights as long, nothing is lost.
+    assert controller.pays(1, Reading(seconds=2.5, waited=0.5, tokens=50))
 
 
 def test_what_prunes_nothing_never_rests() -> None:

@@ -74,7 +74,7 @@ def resident_bytes() -> int:
 
 
 @given(st.integers(1, 1 << 22))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_aligned_buffer_is_exact_aligned_and_zeroed(nbytes: int) -> None:
     buffer = aligned_buffer(nbytes)
     assert buffer.dtype == torch.uint8 and buffer.shape == (nbytes,)

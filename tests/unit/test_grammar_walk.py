@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -256,7 +256,6 @@ def spelled(tree: TokenTree, alphabet: list[int]) -> TokenTree:
     return TokenTree(within, tree.parents, tree.scores)
 
 
-@settings(deadline=None)  # grammars are compiled within
 @given(st.data())
 def test_vllms_grammars_go_through_a_tree(compiled: Compiled, data: st.DataObject) -> None:
     alphabet = data.draw(st.permutations(compiled.alphabet))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_subspec.core.acceptance import verdicts, walk
@@ -103,7 +103,6 @@ def grown(
     return beam.drafts(lengths)
 
 
-@settings(deadline=None)
 @given(ROWS, st.integers(1, 8))
 def test_beam_equals_brute_force(rows: list[tuple[int, int, int]], branching: int) -> None:
     drafts = grown([(root, depth, 999) for root, depth, _ in rows], branching, [999] * len(rows))
@@ -117,7 +116,6 @@ def test_beam_equals_brute_force(rows: list[tuple[int, int, int]], branching: in
         )
 
 
-@settings(deadline=None)
 @given(ROWS, st.integers(1, 5), st.data())
 def test_cut_keeps_the_best_closed_under_parents_and_the_best_siblings(
     rows: list[tuple[int, int, int]], branching: int, data: st.DataObject
@@ -149,7 +147,6 @@ def test_cut_keeps_the_best_closed_under_parents_and_the_best_siblings(
             assert set(better) <= set(kept)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=5), st.sampled_from([0.4, 0.8]))
 def test_branching_one_is_the_greedy_chain_also_in_ties(roots: list[int], steps: float) -> None:
     depth = 12
@@ -168,7 +165,6 @@ def test_branching_one_is_the_greedy_chain_also_in_ties(roots: list[int], steps:
         assert draft.tree.scores == pytest.approx(survival, rel=1e-5)
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 99),
     st.sampled_from([5, 511, 2048, 5000]),
@@ -212,7 +208,6 @@ def test_deep_paths_keep_their_order_below_the_smallest_float32() -> None:
     assert tree.parents[best].tolist() == [-1, *best[:-1]]
 
 
-@settings(deadline=None)
 @given(ROWS, st.integers(1, 4))
 def test_displaced_is_the_last_node_that_still_fits(
     rows: list[tuple[int, int, int]], branching: int

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_subspec.core.acceptance import Walks
-from vllm_subspec.core.cost import FixedSequence, Round, SequenceController
+from vllm_subspec.core.cost import FixedSequence, Reading, Round, SequenceController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.opinions import Opinions
 from vllm_subspec.core.tree import TokenTree
@@ -78,7 +78,7 @@ class RandomDrafter:
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
 
-    def pays(self, rows: int) -> bool:
+    def pays(self, rows: int, reading: Reading | None = None) -> bool:
         raise AssertionError("whether it pays is for the outer drafter to say")
 
     def observe_plain(self, rows: int, seconds: float, pure: bool) -> None:

@@ -16,6 +16,7 @@ def statistics(rounds: int, accepted: list[int], seconds: list[float]) -> dict[s
         "rounds": rounds,
         "counters": {
             "rounds": rounds,
+            "rested_rounds": 3 * rounds,
             "draft_tokens": 2 * rounds,
             "emitted_tokens": sum(n * count for n, count in enumerate(accepted)) + rounds,
             "streamed_bytes": 100 * rounds,
@@ -55,6 +56,7 @@ def test_totals_are_counted_once(registry: CollectorRegistry):
     observer.update(statistics(3, [1, 1, 1], [4.0]))
     assert observer.rounds == 3
     assert value(registry, "rounds_total") == 3
+    assert value(registry, "rested_rounds_total") == 9
     assert value(registry, "emitted_tokens_total") == 6
     assert value(registry, "read_seconds_total") == 1.5
     assert value(registry, "tested_tokens_total", depth="2") == 3

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import vllm
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -494,7 +494,6 @@ def mask_after(grammar: Any, path: list[int], words: int) -> list[int]:
 
 
 @QUIET
-@settings(deadline=None)  # grammars are compiled within
 @given(st.data())
 def test_a_mixed_batch_is_validated_and_masked(
     constrained: Constrained, data: st.DataObject

@@ -61,7 +61,7 @@ def lp_errors(weight: torch.Tensor, q: QuantizedWeight) -> torch.Tensor:
     return error.abs().pow(LP_NORM).sum(-1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(formats, dtypes, dtypes, st.integers(0, 10**6), st.integers(1, 5), st.integers(-6, 3))
 def test_rtn_is_the_reference(fmt, dtype, scale_dtype, seed, rows, exponent):
     weight = drawn_matrix(seed, rows, 10.0**exponent, dtype)
@@ -92,7 +92,7 @@ def test_rtn_is_the_reference(fmt, dtype, scale_dtype, seed, rows, exponent):
             assert len(unrounded) == width
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(formats, dtypes, st.integers(0, 10**6), st.integers(1, 5), st.integers(-6, 3))
 def test_hqq_is_never_worse_than_rtn(fmt, dtype, seed, rows, exponent):
     weight = drawn_matrix(seed, rows, 10.0**exponent, dtype)

@@ -56,7 +56,7 @@ def run_pass(ring: Ring, buffers: list[torch.Tensor], upto: int) -> list[bool]:
     return whole
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     blocks=st.integers(1, 9),
     slots=st.integers(1, 9),
@@ -91,7 +91,7 @@ def test_full_passes_read_each_block_once() -> None:
 def test_the_head_start_loads_between_passes() -> None:
     ring, buffers = make_ring(6, 3, SlowSource())
     run_pass(ring, buffers, 6)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not all(ring.transfer.ready(slot) for slot in range(3)):
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -37,7 +37,7 @@ def written(folder: Path, tensors: dict[str, Tensor], step: int, shard_bytes: in
     return layout
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LAYOUTS, st.integers(1, 7), st.integers(1, 400))
 def test_round_trip(layout: Layout, step: int, shard_bytes: int) -> None:
     tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in layout.items()}

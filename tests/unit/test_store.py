@@ -148,9 +148,7 @@ def layouts(draw: st.DrawFn) -> tuple[BlockLayout, ...]:
     fingerprint=st.dictionaries(st.text(), st.text() | st.integers(-(2**62), 2**62), max_size=4),
     rng=st.randoms(use_true_random=False),
 )
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layout_round_trips(
     path: Path, blocks: tuple[BlockLayout, ...], fingerprint: dict[str, str | int], rng: Any
 ) -> None:
@@ -464,9 +462,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(data=st.data())
-@settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_header_is_refused_or_means_the_same(
     path: Path, good: bytes, data: st.DataObject
 ) -> None:

@@ -224,7 +224,6 @@ def test_damage_is_refused_or_harmless(
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
     @settings(
-        deadline=None,
         database=None,
         max_examples=250,
         suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow],

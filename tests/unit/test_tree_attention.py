@@ -89,7 +89,7 @@ def ancestry(tree: TokenTree, node: int) -> list[int]:
     return path
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(token_trees(12), st.integers(0, 30)), min_size=1, max_size=3),
     st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2)]),
@@ -143,7 +143,6 @@ def test_a_frontier_attends_to_pages_loaded_step_by_step(name: str) -> None:
         WidePages(layout).load(untouched, blocks, 2)
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(list(LAYOUTS)), st.sampled_from([torch.bfloat16, torch.float32]))
 def test_moved_slots_hold_the_keys_and_values_of_their_sources(
     data: st.DataObject, name: str, dtype: torch.dtype

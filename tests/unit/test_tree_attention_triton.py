@@ -148,7 +148,7 @@ class TestUnderTheInterpreter:
     __test__ = INTERPRETED
 
     # No shrinking: a failure would take minutes to be told.
-    @settings(deadline=None, max_examples=6, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=6, derandomize=True, phases=[Phase.generate])
     @given(
         st.lists(st.tuples(token_trees(12), st.integers(0, 90)), min_size=1, max_size=2),
         st.sampled_from([(1, 1, 64), (2, 2, 80), (4, 2, 64), (6, 2, 80), (7, 1, 64)]),
@@ -270,7 +270,6 @@ def test_heads_that_are_too_large_are_refused() -> None:
         attended(batch_of([(0, frontier(1, 1))], 1, 1, 264))
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from([torch.bfloat16, torch.float32]))
 def test_moved_slots_hold_what_their_sources_held(data: st.DataObject, dtype: torch.dtype) -> None:
     kv_cache = torch.randn(3, 2, BLOCK, 16).to(dtype)

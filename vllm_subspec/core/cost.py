@@ -48,6 +48,7 @@ _LONGEST_REST = 64.0
 _SETTLED = 24  # rounds with drafts, before which none is judged: the first are too deep
 _LOOK = 16  # rounds with drafts between two looks at one without
 _WORTH_RESTING = 1.03  # plain rounds must be so much faster
+_WORTH_WAITING = 2.0  # times the going rate must drafts yield that others' first tokens wait for
 _WORTH_TRYING = 0.7  # where they are expected to be at least so fast, one is tried
 
 
@@ -197,13 +198,23 @@ class Round:
         return sum(self.step_seconds)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A pass that read parts of prompts, and did not come to the end of all of them."""
+
+    seconds: float
+    waited: float  # of them, for streamed weights
+    tokens: int  # that it computed
+
+
 class DepthController:
     """Decides, step by step, whether to grow the drafts of a batch by one more level.
 
     A round that drafts drafts at least one level, so that acceptance and costs stay observed.
     Whether a round drafts at all, `pays` says: where plain rounds are faster (large batches, whose
-    passes compute longer than they stream), drafting rests and is tried again now and then. Before
-    anything was measured, drafting goes on while the next token is more likely accepted than not.
+    passes compute longer than they stream), drafting rests and is tried again now and then; and it
+    rests while passes over long prompts compute all the time. Before anything was measured,
+    drafting goes on while the next token is more likely accepted than not.
 
     Args:
         max_steps: most levels drafted; of a chain, its most tokens.
@@ -247,8 +258,14 @@ class DepthController:
         seconds = self._plain.predict(rows)
         return rows / seconds if seconds > 0 else 0.0
 
-    def pays(self, rows: int) -> bool:
-        """Whether the next round, of ``rows`` rows, is to draft. Asked once for a round."""
+    def pays(self, rows: int, reading: Reading | None = None) -> bool:
+        """Whether the next round, of ``rows`` rows, is to draft. Asked once for a round.
+
+        Args:
+            reading: the last pass, if it read a part of a prompt and the next one will read on.
+        """
+        if reading is not None:
+            return self._pays_beside(rows, reading)
         if self._rounds < len(_EXPLORED):
             return True
         drafting, plain = self.rate(rows), self.plain_rate(rows)
@@ -266,6 +283,17 @@ class DepthController:
         if self._trial_left == 0:
             self._rest = min(2 * self._rest, _LONGEST_REST)
         return True
+
+    def _pays_beside(self, rows: int, reading: Reading) -> bool:
+        """Whether drafts pay that lengthen a pass over parts of prompts, whose requests wait for
+        their first tokens; those that draft have plain tokens from it in any case."""
+        emitted, steps, verified, nodes = self._means
+        drafting = self._step.predict(rows * nodes / steps) * steps if steps > 0 else 0.0
+        # While a pass waits for its weights, drafting and verifying cost nothing.
+        token = (reading.seconds - reading.waited) / reading.tokens
+        longer = drafting + rows * (verified - 1) * token - reading.waited
+        price = _WORTH_WAITING * max(self.rate(rows), self.plain_rate(rows))
+        return bool(rows * (emitted - 1) > price * max(0.0, longer))
 
     def _looks(self) -> bool:
         """Whether it is time for a look at a round without drafts."""
@@ -396,7 +424,7 @@ class FullGrowth(DepthController):
     It learns as its base does; what it learns decides only which nodes a tree keeps.
     """
 
-    def pays(self, rows: int) -> bool:
+    def pays(self, rows: int, reading: Reading | None = None) -> bool:
         return True
 
     def expands(
@@ -453,7 +481,7 @@ class SequenceController(DepthController):
 class FixedSequence(SequenceController):
     """Every sequence as long as ``least``, if its limits allow: nothing depends on the clock."""
 
-    def pays(self, rows: int) -> bool:
+    def pays(self, rows: int, reading: Reading | None = None) -> bool:
         return True
 
     def goes_on(self, survival: npt.ArrayLike, lengths: npt.ArrayLike) -> npt.NDArray[np.bool_]:

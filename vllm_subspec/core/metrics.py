@@ -33,6 +33,7 @@ class Metric:
 
 METRICS = (
     Metric("counter", "rounds", "Passes of the target that verified drafts."),
+    Metric("counter", "rested_rounds", "Passes before which drafts would not have paid."),
     Metric("counter", "draft_tokens", "Drafted tokens that were verified."),
     Metric("counter", "emitted_tokens", "Tokens of the requests that had drafted."),
     Metric("counter", "tested_tokens", "Drafted tokens that the target decided on.", ("depth",)),

@@ -59,6 +59,8 @@ class RoundTotals:
     """Sums over rounds (`RoundRecord`) since the engine started."""
 
     rounds: int = 0
+    rested: int = 0
+    """Rounds in which requests drafted nothing, as it would not have paid; counted nowhere else."""
     request_rounds: int = 0
     """Requests of each round, summed: tau is ``emitted_tokens / request_rounds``."""
     draft_nodes: int = 0

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_subspec.core.acceptance import Walks
-from vllm_subspec.core.cost import Round
+from vllm_subspec.core.cost import Reading, Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.growth import Nodes
 
@@ -108,8 +108,12 @@ class Drafter(Protocol):
     def max_depth(self) -> int:
         """Levels that are drafted at most."""
 
-    def pays(self, rows: int) -> bool:
-        """Whether so many rows are to draft now: asked before each round that could."""
+    def pays(self, rows: int, reading: Reading | None = None) -> bool:
+        """Whether so many rows are to draft now: asked before each round that could.
+
+        Args:
+            reading: the last pass, if it read a part of a prompt and the next one will read on.
+        """
 
     def propose(self, rows: list[DraftRow]) -> list[DraftTokens]:
         """One tree per row, in the order asked; a row may get an empty one."""

@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 
 from vllm_subspec.core.acceptance import Walks, verdicts
-from vllm_subspec.core.cost import DepthController, Round
+from vllm_subspec.core.cost import DepthController, Reading, Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.drafters.base import Drafting
 
@@ -25,8 +25,8 @@ class GrowingDrafter:
     def max_depth(self) -> int:
         return self.growth.max_steps
 
-    def pays(self, rows: int) -> bool:
-        return self.growth.pays(rows)
+    def pays(self, rows: int, reading: Reading | None = None) -> bool:
+        return self.growth.pays(rows, reading)
 
     def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
         for draft, path in zip(drafts, walks.paths, strict=True):

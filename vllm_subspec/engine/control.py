@@ -96,6 +96,7 @@ class DraftingControl:
             "rounds": log.totals.rounds,
             "counters": {
                 "rounds": log.totals.rounds,
+                "rested_rounds": log.totals.rested,
                 "draft_tokens": log.totals.draft_nodes,
                 "emitted_tokens": log.totals.emitted_tokens,
             },

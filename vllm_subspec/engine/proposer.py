@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """vLLM's ``custom_class`` proposer over a `Drafter`.
 
-vLLM calls `propose` after each step with the tokens it has just emitted. A row that is still in
-prefill has emitted none and drafts nothing; every other row may draft as much as it can still
-verify and emit: one row near its end shortens only its own draft.
+vLLM calls `propose` after each step, when the tokens that it has emitted are sent. A row that is
+still in prefill has emitted none and drafts nothing; every other row may draft as much as it can
+still verify and emit: one row near its end shortens only its own draft.
 """
 
 import time
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_subspec.core.cost import Round
+from vllm_subspec.core.cost import Reading, Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.round_log import RoundLog, RoundRecord
 from vllm_subspec.drafters.base import ComputedRow, Drafter, DraftRow
@@ -44,6 +44,7 @@ class DraftProposer:
         self._max_model_len = vllm_config.model_config.max_model_len
         self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
         self._pass_began: float | None = None
+        self._pass_ended = 0.0
         self._drafted = (0.0, 0.0)  # when the last drafting began and ended
         self._before_pass = RingStats()
 
@@ -88,8 +89,10 @@ class DraftProposer:
         hidden: torch.Tensor,
         auxiliary: list[torch.Tensor] | None,
     ) -> None:
-        """The target's pass is over and sampled from (`Models.settle`); `propose` follows."""
+        """The target's pass is over and sampled from (`Models.settle`); `propose` follows, when the
+        tokens have been sent."""
         self._models.settle(verification, hidden, auxiliary)
+        self._pass_ended = time.perf_counter()
 
     def propose(
         self,
@@ -101,7 +104,7 @@ class DraftProposer:
         """The draft of every row of the batch; an empty one for rows that draft nothing."""
         began = time.perf_counter()
         verification = self._runner.verification
-        self._learn(verification, sampled_token_ids, began)
+        self._learn(verification, sampled_token_ids)
         drafts = [DraftTokens.none() for _ in sampled_token_ids]
         rows: list[DraftRow] = []
         ends: dict[int, int] = {}  # of the texts of requests that do not draft
@@ -112,9 +115,11 @@ class DraftProposer:
                 rows.append(row)
             else:  # of a part of a prompt the token behind it is known
                 ends[index] = end if emitted else int(verification.roots[index]) + 2
-        if rows and not self.drafter.pays(len(rows)):
+        reading = self._reading(verification) if rows and not all(sampled_token_ids) else None
+        if rows and not self.drafter.pays(len(rows), reading):
             ends |= {row.index: row.history.size for row in rows}
             rows = []
+            self.log.totals.rested += 1
         if ends:
             longest = self._models.max_length + 1
             self.drafter.follow(
@@ -132,6 +137,14 @@ class DraftProposer:
                 drafts[row.index] = draft
             self._drafted = began, time.perf_counter()
         return drafts
+
+    def _reading(self, verification: Verification) -> Reading | None:
+        """The pass that is over read parts of prompts, and the next one goes on with it."""
+        if self._pass_began is None:
+            return None
+        waited = self._ring_stats().stall_seconds - self._before_pass.stall_seconds
+        seconds, waited = ranks.agree([self._pass_ended - self._pass_began, waited])
+        return Reading(seconds, waited, tokens=int(verification.starts[-1]))
 
     def _row(self, index: int, history: np.ndarray) -> DraftRow | None:
         """The row whose text is ``history``; None if it may not draft."""
@@ -161,9 +174,7 @@ class DraftProposer:
             seeds=self._runner.seed_stream(request_id).ahead(depth),
         )
 
-    def _learn(
-        self, verification: Verification, sampled_token_ids: list[list[int]], now: float
-    ) -> None:
+    def _learn(self, verification: Verification, sampled_token_ids: list[list[int]]) -> None:
         """What became of the last drafts, and what the round cost."""
         assert verification.walks is not None
         self.drafter.observe(verification.drafts, verification.walks)
@@ -171,26 +182,24 @@ class DraftProposer:
             return
         drafted = verification.sizes > 0
         if not drafted.any():
-            (seconds,) = ranks.agree([now - self._pass_began])
+            (seconds,) = ranks.agree([self._pass_ended - self._pass_began])
             # A prompt costs more than its last token.
             pure = bool((np.diff(verification.starts) == 1).all())
             self.drafter.observe_plain(len(sampled_token_ids), seconds, pure)
             return
         emitted = sum(len(sampled_token_ids[row]) for row in drafted.nonzero()[0])
-        record = self._record(verification, emitted, self._pass_began, now)
+        record = self._record(verification, emitted, self._pass_began)
         # Prompt chunks and rows without a draft cost time that says nothing about draft tokens.
         if drafted.all() and all(sampled_token_ids):
             self._learn_costs(record)
 
-    def _record(
-        self, verification: Verification, emitted: int, pass_began: float, now: float
-    ) -> RoundRecord:
+    def _record(self, verification: Verification, emitted: int, pass_began: float) -> RoundRecord:
         drafts = [draft for draft in verification.drafts if draft]
         last, ring = self.drafter.last, self._ring_stats()
         record = RoundRecord(
             *self._drafted,
             pass_began,
-            now,
+            self._pass_ended,
             forward_seconds=last.forward_seconds,
             steps=len(last.nodes),
             expanded_nodes=sum(last.nodes),

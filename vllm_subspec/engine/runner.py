@@ -8,13 +8,15 @@ sampling    every root and node is sampled from; the walk decides what is emitte
 pages       the K/V of the accepted path moves to consecutive slots
 """
 
+import functools
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -37,6 +39,7 @@ class TreeRunner(GPUModelRunner):
         self.node_sampler = NodeSampler(vllm_config.model_config.logprobs_mode)
         self.verification: Verification
         """What the newest pass verifies."""
+        self._propose: Callable[[], Any] | None = None  # the draft that is to be taken
         self._seeds: dict[str, SeedStream] = {}
         # Equal on all ranks, which see the same requests in the same order.
         self._unseeded = torch.Generator().manual_seed(vllm_config.model_config.seed ^ _STREAM)
@@ -96,16 +99,27 @@ class TreeRunner(GPUModelRunner):
         aux_hidden_states: list[torch.Tensor] | None,
         *rest: Any,
     ) -> Any:
+        """The tokens are known and need not wait for the next draft: it is made when the engine,
+        which has sent them by then, takes it."""
         self.drafter.target_computed(self.verification, hidden_states, aux_hidden_states)
-        return super().propose_draft_token_ids(
+        self._propose = functools.partial(
+            super().propose_draft_token_ids,
             scheduler_output,
-            sampled_token_ids,
+            [list(tokens) for tokens in sampled_token_ids],  # the engine cuts its own at a stop
             sampling_metadata,
             hidden_states,
             sample_hidden_states,
             aux_hidden_states,
             *rest,
         )
+        return []
+
+    @torch.inference_mode()
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        if self._propose is not None:
+            self._draft_token_ids = self._propose()
+            self._propose = None
+        return super().take_draft_token_ids()
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         verification = self.verification
