@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The weight store from one start of the engine to the next."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -14,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, safe_open, save_file
 from vllm import LLM
+from vllm.model_executor.model_loader import weight_utils
 
 from tests.engine.helpers import (
     MODEL,
@@ -226,12 +228,39 @@ def test_another_models_store_is_rebuilt(
     assert all(a.tokens != e.tokens for a, e in zip(answers, expected, strict=True))
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors whose data are read from checkpoints."""
+    read: list[str] = []
+
+    class Noting:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            tensor: torch.Tensor = self._file.get_tensor(name)
+            return tensor
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    @contextlib.contextmanager
+    def opened(*args: Any, **kwargs: Any) -> Iterator[Noting]:
+        with safe_open(*args, **kwargs) as file:
+            yield Noting(file)
+
+    monkeypatch.setattr(weight_utils, "safe_open", opened)
+    return read
+
+
 def test_the_second_start_reads_the_store_only(
     engines: Engines,
     model: Path,
     expected: list[Answer],
     tmp_path: Path,
     messages: Callable[[], str],
+    reads: list[str],
 ) -> None:
     """The checkpoint's own copy of the streamed weights is wrong by then, and nobody notices."""
     first = start(engines, tmp_path / "store", model)
@@ -239,9 +268,14 @@ def test_the_second_start_reads_the_store_only(
     assert generate(first, PROMPTS, PARAMS) == expected
     written = only_store(tmp_path / "store").stat()
     change_weights(model, keep_time=True, factor=2.0)
+    assert any("q_proj" in name for name in reads)
+    reads.clear()
     second = start(engines, tmp_path / "store", model)
     assert worker_of(second).loading.store_reused and messages() == ""
     assert not worker_of(second).loading._host_blocks  # nothing came from the checkpoint
+    assert sorted({name.split(".")[-2] for name in reads}) == [
+        *("embed_tokens", "input_layernorm", "norm", "post_attention_layernorm")
+    ]
     assert generate(second, PROMPTS, PARAMS) == expected
     assert only_store(tmp_path / "store").stat().st_mtime_ns == written.st_mtime_ns
 

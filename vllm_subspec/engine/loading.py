@@ -31,6 +31,7 @@ from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import MemoryPlan, choose_tier
 from vllm_subspec.engine.fingerprint import fingerprint, store_name, substitutes_path
 from vllm_subspec.engine.residency import plan_residency
+from vllm_subspec.engine.unread import holds, unread
 from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.ring import (
     BlockSource,
@@ -87,6 +88,8 @@ class Loading:
         self._resident_substituted: dict[nn.Module, Streamable] = {}
         self._names: dict[Streamable, str] = {}  # of what has a substitute
         self._kept: SubstituteStore | None = None
+        # Whether a tensor of the checkpoint, by its name, is in the store that is used again.
+        self._stored: Callable[[str], bool] = lambda name: False
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -95,7 +98,10 @@ class Loading:
             desc="Quantizing substitutes", unit="module", disable=self._rank != 0, leave=True
         )
         try:
-            with _before_packing(self._substitute_resident):
+            with (
+                _before_packing(self._substitute_resident),
+                unread(lambda name: self._stored(name)),
+            ):
                 yield
         except BaseException:
             if self._writer is not None:
@@ -141,6 +147,8 @@ class Loading:
         if self._source.searches:
             self._keep_substitutes()
         self.store_reused = self._store is not None
+        if self.store_reused:
+            self._stored = holds(part for layer in streamed for part in layer.parts.values())
         return self.store_reused
 
     def _keep_substitutes(self) -> None:

@@ -48,6 +48,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "aux_hidden_states",
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.take_draft_token_ids": (),
+    "vllm.model_executor.model_loader.weight_utils:safetensors_weights_iterator": (),
     "vllm.v1.spec_decode.eagle:EagleProposer.load_model": ("target_model",),
     "vllm.v1.spec_decode.eagle:EagleProposer._create_draft_vllm_config": (),
     "vllm.v1.spec_decode.eagle:EagleProposer._get_model": (),

@@ -51,7 +51,7 @@ def matrices(part: Streamable) -> dict[str, tuple[int, int]]:
     return found
 
 
-_FUSED = {
+FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
@@ -155,7 +155,7 @@ class SubstituteSource:
     def _load(self, linear: LinearBase) -> QuantizedWeight:
         assert self._checkpoint is not None
         parent, _, leaf = linear.prefix.rpartition(".")
-        names = [f"{parent}.{part}" for part in _FUSED.get(leaf, (leaf,))]
+        names = [f"{parent}.{part}" for part in FUSED.get(leaf, (leaf,))]
         parts = [self._checkpoint.weight(name) for name in names]
         if linear.tp_size > 1:
             parts = [self._shard(linear, i, part) for i, part in enumerate(parts)]
