@@ -31,6 +31,8 @@ SETTINGS = {
     name: ENGINE[name] for name in (*SERVED, "max_num_batched_tokens", "num_gpu_blocks_override")
 }
 FLAGS = ["--seed", str(ENGINE["seed"]), "--generation-config", "vllm"]
+# A client finds closed what it was just about to use again, if the server closes idle connections.
+PATIENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
 WAVES = 4
 """Sent until the server is left alone."""
 IDLE_SECONDS = 30
@@ -83,7 +85,9 @@ class HttpSoak(Soak):
         return [dataclasses.replace(a, steps=None) for a in super()._made(tokenizer)]
 
     def _drafted(self, pairs: Pairs, ends: float, folder: Path) -> str | None:
-        with launched(folder, FLAGS, model=MODEL, options=SUBSPEC, settings=SETTINGS) as server:
+        with launched(
+            folder, FLAGS, PATIENT, model=MODEL, options=SUBSPEC, settings=SETTINGS
+        ) as server:
             server.wait_until_ready()
             self.leaks = Leaks(server.processes())
             wrong = self._served(server, pairs, ends)

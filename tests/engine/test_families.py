@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm import LLM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from tests.engine import two_ranks
 from tests.engine.helpers import (
     CHAIN,
     Engines,
+    assert_chains_were_tried,
     draft_counts,
     generate,
     greedy,
@@ -38,7 +40,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
     "initializer_range": 0.1,  # 0.02, the default, makes so small a model repeat itself
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -147,6 +149,18 @@ def test_resident_experts_have_substitutes_too(
     assert [answer.tokens for answer in generate(llm, PROMPTS, PARAMS)] == made.answers()
     assert draft_counts(llm).accepted >= 3
     assert asked == set(experts)  # and not the target's
+
+
+def test_experts_over_two_ranks(
+    engines: Engines, checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    """Each rank has its share of every expert."""
+    engines.close()
+    model = checkpoint("mixtral", intermediate_size=256).path
+    ways = two_ranks.run("mp", tmp_path / "stores", ["chains"], seconds=800, model=model)
+    two_ranks.assert_same_answers(ways["chains"], ways["plain"])
+    two_ranks.assert_ranks_drafted_alike(ways["chains"])
+    assert_chains_were_tried(ways["chains"].counts, 3)
 
 
 def test_experts_from_a_store(engines: Engines, checkpoint: Callable[..., Checkpoint]) -> None:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Engines of two tensor-parallel ranks, in a process of their own, as the ranks are processes, too.
 
-    python -m tests.engine.two_ranks EXECUTOR STORE_DIR WAY...
+    python -m tests.engine.two_ranks EXECUTOR MODEL STORE_DIR WAY...
 
 prints a line of JSON: what each `Way` answered, and what its ranks drafted.
 """
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from vllm import LLM, SamplingParams
 
 from tests.engine.helpers import (
+    CHAIN,
     MODEL,
     ROUGH,
     DraftCounts,
@@ -49,6 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "drafting": ROUGH,
     # What a hierarchy drafts depends on measured time, which differs between the ranks.
     "hierarchy": {**WAYS["substitute-eagle"], "pruning": "dynamic"},
+    # Of a random model, coarser substitutes are hardly ever right.
+    "chains": {**CHAIN, "bits": 4},
 }
 
 
@@ -66,13 +69,16 @@ class Way(NamedTuple):
     drafted: list[str]
 
 
-def run(executor: str, store_dir: Path, ways: Sequence[str], seconds: float) -> dict[str, Way]:
+def run(
+    executor: str, store_dir: Path, ways: Sequence[str], seconds: float, model: Path = MODEL
+) -> dict[str, Way]:
     """What engines with ``OPTIONS[way]`` do, and as ``"plain"`` one without speculation.
 
     Args:
         executor: vLLM's ``distributed_executor_backend`` of the engines that speculate, ``"mp"`` or
             ``"ray"``. The plain one has ``"mp"``: how its ranks are started changes no sum.
         seconds: after which it is given up.
+        model: one without a tokenizer gets the same prompts, as far as it knows such tokens.
     """
     cores = sorted(os.sched_getaffinity(0))
     found = [str(ROOT), *[str(PLATFORM)] * (executor == "ray"), os.environ.get("PYTHONPATH", "")]
@@ -83,7 +89,15 @@ def run(executor: str, store_dir: Path, ways: Sequence[str], seconds: float) -> 
         "PYTHONPATH": os.pathsep.join(filter(None, found)),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.two_ranks", executor, str(store_dir), *ways],
+        [
+            sys.executable,
+            "-m",
+            "tests.engine.two_ranks",
+            executor,
+            str(model),
+            str(store_dir),
+            *ways,
+        ],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -127,9 +141,10 @@ def _digest_of(worker: Any) -> str:
     return digest
 
 
-def _answer(executor: str, speculative: dict[str, Any] | None) -> Way:
+def _answer(executor: str, model: str, speculative: dict[str, Any] | None) -> Way:
     llm = LLM(
-        str(MODEL),
+        model,
+        skip_tokenizer_init=not (Path(model) / "tokenizer.json").exists(),
         dtype="float32",
         enforce_eager=True,
         tensor_parallel_size=2,
@@ -144,21 +159,23 @@ def _answer(executor: str, speculative: dict[str, Any] | None) -> Way:
     if speculative is not None:
         llm.collective_rpc(count_drafts)
         llm.collective_rpc(_digest_drafts)
-    way = Way([list(answer.tokens) for answer in generate(llm, PROMPTS, PARAMS)], DraftCounts(), [])
+    known = llm.model_config.get_vocab_size()
+    prompts = [[token % known for token in prompt] for prompt in PROMPTS]
+    way = Way([list(answer.tokens) for answer in generate(llm, prompts, PARAMS)], DraftCounts(), [])
     if speculative is not None:
         way = way._replace(counts=draft_counts(llm), drafted=llm.collective_rpc(_digest_of))
     llm.llm_engine.engine_core.shutdown()
     return way
 
 
-def main(executor: str, store_dir: str, *ways: str) -> None:
-    answered = {"plain": _answer("mp", None)}
+def main(executor: str, model: str, store_dir: str, *ways: str) -> None:
+    answered = {"plain": _answer("mp", model, None)}
     if executor == "ray":
         import ray
 
         ray.init(num_cpus=2, num_gpus=2, object_store_memory=100 << 20, include_dashboard=False)
     for way in ways:
-        answered[way] = _answer(executor, {**OPTIONS[way], "store_dir": store_dir})
+        answered[way] = _answer(executor, model, {**OPTIONS[way], "store_dir": store_dir})
     if executor == "ray":
         ray.shutdown()
     print("\n" + json.dumps(answered, default=vars), flush=True)
