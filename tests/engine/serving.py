@@ -27,6 +27,7 @@ from tests.engine.helpers import DEFAULTS, MODEL, ROUGH, Settings
 
 START_SECONDS = 240
 STOP_SECONDS = 60
+CLIENT_SECONDS = 120
 TEMPLATE = Path(__file__).parent / "data" / "chat.jinja"
 TOKENS = 48
 SERVED = {
@@ -47,7 +48,9 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, timeout=120, max_retries=0)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key, timeout=CLIENT_SECONDS, max_retries=0
+        )
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as reply:

@@ -8,15 +8,14 @@ server that is killed while it writes its store, is in `test_bad_day`.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-import openai
 import psutil
 import pytest
 
-from tests.engine.serving import Server, launched
+from tests.engine.serving import CLIENT_SECONDS, Server, launched
 
 TEXTS = ["def parse(text):\n    ", "class Stack:\n    def __init__(self):\n        "]
 RANKS = ["--tensor-parallel-size", "2", "--distributed-executor-backend", "mp"]
@@ -59,8 +58,10 @@ def kill_in_mid_generation(server: Server, victim: psutil.Process) -> None:
     chunks = server.stream(TEXTS[0], 400)
     next(iter(chunks))
     victim.kill()
-    with pytest.raises((openai.APIError, httpx.TransportError)):
+    began = time.monotonic()
+    with pytest.raises(Exception):  # noqa: B017 - openai's, or of the library that it asks by
         list(chunks)
+    assert time.monotonic() - began < CLIENT_SECONDS / 2
 
 
 def stores(server: Server) -> dict[str, tuple[int, int, bytes]]:
