@@ -5,10 +5,18 @@
 import os
 import shutil
 
-import pytest
 from hypothesis import settings
 
 from scripts.cpu_env import split_cores
+
+# Before torch is imported: a process computes on its share of the cores.
+if (name := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    shares = split_cores(
+        sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    )
+    cores = shares[int(name.removeprefix("gw"))]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
 
 MOST_WORKERS = 2
 """Engines that live at once: each takes gigabytes."""
@@ -23,12 +31,3 @@ def pytest_xdist_auto_num_workers() -> int:
     if shutil.which("nvidia-smi"):
         return 0
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Before torch is imported: a process computes on its share of the cores."""
-    if (name := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
-        count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        cores = split_cores(sorted(os.sched_getaffinity(0)), count)[int(name.removeprefix("gw"))]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))
