@@ -26,6 +26,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.offloader.base import get_offloader
 
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import MemoryPlan, choose_tier
@@ -100,7 +101,7 @@ class Loading:
         try:
             with (
                 _before_packing(self._substitute_resident),
-                unread(lambda name: self._stored(name)),
+                unread(self._is_stored),
             ):
                 yield
         except BaseException:
@@ -111,6 +112,11 @@ class Loading:
             raise
         finally:
             self._progress.close()
+
+    def _is_stored(self, name: str) -> bool:
+        """Models that draft are loaded meanwhile, too, without our offloader: their weights may
+        have the same names."""
+        return get_offloader() is self.offloader and self._stored(name)
 
     def build_draft(self, target: nn.Module) -> nn.Module:
         """Raises ValueError if vLLM did not show the layers of this model to the offloader."""
