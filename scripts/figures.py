@@ -9,6 +9,7 @@ is 1 where README and results disagree.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,45 @@ def peers(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\nWhat could not run here:\n\n{missing}"
 
 
+def load_table(results: dict[str, Any]) -> str:
+    """A server under load, with speculation and without (goodput.json)."""
+
+    def pair(load: dict[str, Any], name: str, digits: int, unit: float = 1.0) -> list[str]:
+        runs = [
+            [run[name] for run in load["runs"] if run["speculation"] == speculation]
+            for speculation in (False, True)
+        ]
+        return [f"{statistics.median(values) / unit:.{digits}f}" for values in runs]
+
+    rows = [
+        [
+            load["load"],
+            *pair(load, "output_throughput", 1),
+            f"{load['ratios']['output_throughput']:.2f}x",
+            *(" / ".join(pair(load, f"median_{time}_ms", 1, 1000)) for time in ("ttft", "e2el")),
+            " / ".join(pair(load, "request_goodput", 2)),
+        ]
+        for load in results["closed_loop"] + results["open_loop"]
+    ]
+    head = ["load", "no speculation, tokens/s", "SubSpec, tokens/s", "SubSpec is faster by"]
+    beside = ["first token, s", "whole answer, s", "good answers/s"]
+    return table([*head, *(f"{name}: without / with" for name in beside)], rows)
+
+
+def start_sentence(results: dict[str, Any]) -> str:
+    """First and second starts (start.json)."""
+    first, second = (statistics.median(results["seconds"][name]) for name in ("first", "second"))
+    store, substitutes = (
+        results["bytes_kept"][f".{kind}"] / 2**30 for kind in ("store", "substitutes")
+    )
+    least, most = (f(results["first_over_second"]) for f in (min, max))
+    return f"""\
+From nothing to the first token a first start takes {first:.0f} s, and a second one, which finds the
+weight store ({store:.1f} GiB) and the quantized substitutes ({substitutes:.1f} GiB), \
+{second:.0f} s: {least:.1f} to {most:.1f} times as
+fast."""
+
+
 def command(results: dict[str, Any]) -> str:
     return f"    {results['environment']['command']}"
 
@@ -112,6 +152,8 @@ def command(results: dict[str, Any]) -> str:
 def render() -> str:
     """The section, marks included."""
     ways, hierarchy, others = load("streamed"), load("hierarchy"), load("peers")
+    loaded, starts = load("goodput"), load("start")
+    ttft, tpot = (loaded["targets_ms"][name] / 1000 for name in ("ttft", "tpot"))
     told, gib = ways["scenario"], 2**30
     return f"""\
 {BEGIN}
@@ -134,6 +176,22 @@ cache included; greedy, {others["prompts"]} prompts x {others["tokens"]} tokens 
 {command(others)}
 
 {peers(others)}
+
+**A server under load** ({loaded["model_bytes"] / gib:.1f} GiB model, all layers streamed from \
+disk; answers of {loaded["tokens"]}
+tokens; a good answer's first token comes within {ttft:.1f} s and the others take {tpot:.1f} s \
+each at most; runs with
+and without take turns, {loaded["repeats"]} of each):
+
+{command(loaded)}
+
+{load_table(loaded)}
+
+**Starting** ({starts["model"]}):
+
+{command(starts)}
+
+{start_sentence(starts)}
 
 **A 4-bit target** (0.5 GiB model in W4A16, `pystd-1m` as the small model, greedy, one request, 4
 prompts x 128 tokens; one engine for each way, taking turns):
