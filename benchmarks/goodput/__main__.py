@@ -169,13 +169,13 @@ def show(load: str, run: dict[str, Any]) -> None:
 
 def main() -> int:
     told = options()
-    model = (told.model or checkpoint(told.gib)).resolve()
+    model = (told.model or checkpoint(told.gib)).absolute()
     FOLDER.mkdir(parents=True, exist_ok=True)
     prompts = [prompt.text for prompt in load_prompts(told.prompts)]
     command = server_command(model, told)
     result = {
         "environment": environment.describe(),
-        "server": shlex.join(["vllm", *command[1:]]),
+        "server": shlex.join(["vllm", *command[1:]]).replace(f"{ROOT}/", ""),
         "model": model.name,
         "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
         "prompts": len(prompts),

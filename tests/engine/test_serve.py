@@ -187,9 +187,9 @@ def test_metrics(server: Server) -> None:
 
 
 def test_memory_is_as_planned(server: Server) -> None:
-    """Libraries that are loaded later and quantizing take 70 MB more: 8% of such a process."""
+    """Libraries that are loaded later and quantizing took 70 MB more: 8% of such a process."""
     planned = server.counter("vllm_subspec:planned_memory_bytes")
-    assert server.counter("vllm_subspec:peak_memory_bytes") == pytest.approx(planned, rel=0.15)
+    assert server.counter("vllm_subspec:peak_memory_bytes") == pytest.approx(planned, rel=0.1)
 
 
 def test_speculation_is_switched_off_and_on(server: Server, expected: dict[str, Answer]) -> None:

@@ -3,6 +3,7 @@
 """Goodput under load: how many requests a load is given, what is asked, what runs come to."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,3 +170,10 @@ def test_both_ways_take_turns_under_every_load(tmp_path: Path) -> None:
     assert [load["rate"] for load in written["open_loop"]] == [0.12, 0.25, 0.5, 1.0]
     assert written["speculation_stops_paying_at_concurrency"] is None
     assert len(written["open_loop"][0]["runs"]) == 4
+
+
+def test_results_name_no_folder_of_the_machine_that_measured() -> None:
+    results = list((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+    assert len(results) > 4
+    for result in results:
+        assert not re.search(r"""["' =](/[\w.-]+){2}""", result.read_text()), result.name

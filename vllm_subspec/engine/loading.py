@@ -99,10 +99,7 @@ class Loading:
             desc="Quantizing substitutes", unit="module", disable=self._rank != 0, leave=True
         )
         try:
-            with (
-                _before_packing(self._substitute_resident),
-                unread(self._is_stored),
-            ):
+            with _before_packing(self._substitute_resident), unread(self._is_stored):
                 yield
         except BaseException:
             if self._writer is not None:
