@@ -241,7 +241,7 @@ class SubspecOptions(DraftingOptions):
     A cheap ``drafter`` feeds the substitute, which verifies what it drafts in passes and so drafts
     sequences of up to ``depth`` tokens. Without one the substitute grows trees, of which
     ``num_speculative_tokens`` bounds the nodes and ``branching`` the nodes of a level. They are
-    upper limits: with dynamic pruning the cost model (``core/cost.py``) stops earlier, and drafts
+    upper limits: with dynamic pruning the cost model (``core/depth.py``) stops earlier, and drafts
     narrower, where more does not pay.
     """
 

@@ -28,8 +28,8 @@ from tests.engine.helpers import (
     source_prompts,
     worker_of,
 )
-from vllm_subspec.core.cost import Reading
 from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.resting import Reading
 
 # Prompts of up to 300 tokens through passes of at most 192: long ones come in chunks, beside rows
 # that already verify.

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_subspec.core.acceptance import Walks
-from vllm_subspec.core.cost import FixedSequence, Reading, Round, SequenceController
+from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.opinions import Opinions
+from vllm_subspec.core.resting import Reading
+from vllm_subspec.core.sequence import FixedSequence, SequenceController
 from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.drafters.base import ComputedRow, Drafting, DraftRow
 from vllm_subspec.drafters.hierarchy import Hierarchy, SequenceDraft

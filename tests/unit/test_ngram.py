@@ -3,7 +3,8 @@
 import numpy as np
 
 from vllm_subspec.core.acceptance import walk_batch
-from vllm_subspec.core.cost import DepthController, FullGrowth, Round
+from vllm_subspec.core.cost import Round
+from vllm_subspec.core.depth import DepthController, FullGrowth
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.drafters.base import DraftRow
 from vllm_subspec.drafters.ngram import NgramDrafter

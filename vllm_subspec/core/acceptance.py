@@ -104,7 +104,7 @@ def walk(tree: TokenTree, sampled: npt.ArrayLike) -> tuple[npt.NDArray[np.int64]
 def verdicts(
     tree: TokenTree, path: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """What a walk says about the draft's confidence (`core.cost.AcceptanceModel.observe`).
+    """What a walk tells `AcceptanceModel.observe` about the draft's confidence.
 
     Below the root and below each accepted node, the children were put to the test best first, up
     to the one accepted. Siblings stand in the tree in the order of their ranks.

@@ -19,7 +19,7 @@ class DraftTokens(list[int]):
 
     Args:
         tree: of n nodes.
-        confidence: [n] float64 the draft's confidence in each node (`core.cost.AcceptanceModel`).
+        confidence: [n] float64 the draft's confidence in each node (`AcceptanceModel`).
     """
 
     def __init__(self, tree: TokenTree, confidence: npt.ArrayLike) -> None:

@@ -8,9 +8,9 @@ path. Products are kept as float64 sums of float32 logarithms: a path of 48 leve
 the smallest float32, where products would tie at 0 and the order would be lost.
 
 Which nodes are expanded, whether a level is started and which nodes are verified is decided by
-*survival*, the learnt probability that the target's text runs through a node (`core.cost`); the sum
-of it over a tree is the number of its tokens that are expected to be accepted. A chain is grown by
-the same code with ``branching`` 1.
+*survival*, the learnt probability that the target's text runs through a node (`core.depth`); the
+sum of it over a tree is the number of its tokens that are expected to be accepted. A chain is grown
+by the same code with ``branching`` 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_subspec.core.cost import AcceptanceModel, DepthController
+from vllm_subspec.core.acceptance_model import AcceptanceModel
+from vllm_subspec.core.depth import DepthController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.tree import TokenTree
 

@@ -38,7 +38,7 @@ def lookup(
         branching: continuations that are merged at most.
         limit: nodes at most.
         estimate: of confidences [m] the probabilities that these tokens come next, if those before
-            them do and their older siblings do not (`core.cost.AcceptanceModel.estimate`).
+            them do and their older siblings do not (`AcceptanceModel.estimate`).
     """
     ends, lengths = _matches(text, shortest, longest)
     order = np.lexsort((-ends, -lengths))

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from vllm_subspec.core.cost import AcceptanceModel, Floats
+from vllm_subspec.core.acceptance_model import AcceptanceModel, Floats
 from vllm_subspec.core.tree import TokenTree
 
 Ints = npt.NDArray[np.int64]

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from vllm_subspec.core.acceptance import Walks
-from vllm_subspec.core.cost import Reading, Round
+from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.growth import Nodes
+from vllm_subspec.core.resting import Reading
 
 
 @dataclass(frozen=True, eq=False)

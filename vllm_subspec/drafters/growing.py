@@ -5,8 +5,10 @@
 from collections.abc import Sequence
 
 from vllm_subspec.core.acceptance import Walks, verdicts
-from vllm_subspec.core.cost import DepthController, Reading, Round
+from vllm_subspec.core.cost import Round
+from vllm_subspec.core.depth import DepthController
 from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.resting import Reading
 from vllm_subspec.drafters.base import Drafting
 
 

@@ -23,10 +23,11 @@ import numpy.typing as npt
 import torch
 
 from vllm_subspec.core.acceptance import Walks, walk_batch
-from vllm_subspec.core.cost import Round, SequenceController
+from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.growth import best_tokens
 from vllm_subspec.core.opinions import Judge, Opinions
+from vllm_subspec.core.sequence import SequenceController
 from vllm_subspec.core.tree import TokenTree
 from vllm_subspec.drafters.base import ComputedRow, Drafter, Drafting, DraftRow, Intermediate
 from vllm_subspec.drafters.foresight import Foresight

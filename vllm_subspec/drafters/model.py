@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from vllm_subspec.core.cost import DepthController
+from vllm_subspec.core.depth import DepthController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.growth import Beam, Nodes, grow
 from vllm_subspec.drafters.base import ComputedRow, Drafting, DraftModel, DraftRow

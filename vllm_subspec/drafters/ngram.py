@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from vllm_subspec.core.cost import DepthController
+from vllm_subspec.core.depth import DepthController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.lookup import lookup
 from vllm_subspec.drafters.base import ComputedRow, Drafting, DraftRow

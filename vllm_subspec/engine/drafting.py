@@ -17,12 +17,8 @@ from torch import nn
 from vllm.config import ModelConfig, SpeculativeConfig
 
 from vllm_subspec.config import DrafterOptions, HierspecOptions, SubspecOptions
-from vllm_subspec.core.cost import (
-    DepthController,
-    FixedSequence,
-    FullGrowth,
-    SequenceController,
-)
+from vllm_subspec.core.depth import DepthController, FullGrowth
+from vllm_subspec.core.sequence import FixedSequence, SequenceController
 from vllm_subspec.drafters.base import Drafter
 from vllm_subspec.drafters.hierarchy import Hierarchy
 from vllm_subspec.drafters.model import ModelDrafter

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_subspec.core.cost import Reading, Round
+from vllm_subspec.core.cost import Round
 from vllm_subspec.core.draft_tokens import DraftTokens
+from vllm_subspec.core.resting import Reading
 from vllm_subspec.core.round_log import RoundLog, RoundRecord
 from vllm_subspec.drafters.base import ComputedRow, Drafter, DraftRow
 from vllm_subspec.engine import ranks, spans
