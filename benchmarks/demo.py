@@ -16,7 +16,8 @@ import time
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from benchmarks.checkpoints import BUILD, PROMPTS, checkpoint
-from vllm_subspec.bench.session import Generated, Session, peak_rss
+from vllm_subspec.bench.session import Generated, Session
+from vllm_subspec.weights.host_memory import peak_memory
 
 GREEN, BOLD, DIM, RESET = "\x1b[32m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
@@ -110,7 +111,9 @@ def main() -> int:
     speedup = float(rows[2][1]) / float(rows[1][1])
     print(f"\n  speed-up          {BOLD}{speedup:.1f}x{RESET}")
     print(f"  identical text    {compare(plain, subspec)}")
-    print(f"  peak memory       {peak_rss() / 2**30:.2f} GiB (planned {plan['total'] / 2**30:.2f})")
+    print(
+        f"  peak memory       {peak_memory() / 2**30:.2f} GiB (planned {plan['total'] / 2**30:.2f})"
+    )
     return 0
 
 

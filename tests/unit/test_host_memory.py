@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
-from vllm_subspec.weights.host_memory import host_memory
+from vllm_subspec.weights.host_memory import host_memory, peak_memory
 
 MIB = 1 << 20
 
@@ -75,3 +78,15 @@ def test_no_limit_of_version_1_is_a_large_number(tmp_path: Path) -> None:
 def test_this_process() -> None:
     found = host_memory()
     assert 0 < found.available <= found.total <= psutil.virtual_memory().total
+
+
+def test_the_peak_is_of_this_process_alone() -> None:
+    """A parent's is carried over into what getrusage says of its children."""
+    held = np.ones(300 * MIB, np.uint8)
+    before = peak_memory()
+    assert before > held.size
+    ask = "from vllm_subspec.weights.host_memory import peak_memory; print(peak_memory())"
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert 4 * MIB < int(found.stdout) < held.size
+    more = np.ones(100 * MIB, np.uint8)
+    assert peak_memory() > before + 0.5 * more.size

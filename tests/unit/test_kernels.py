@@ -433,6 +433,13 @@ def test_bytes_held_are_those_planned(bits: int, shape: tuple[int, int]) -> None
     assert shape[0] * shape[1] * bits / 8 <= packed.nbytes < shape[0] * shape[1] * bits / 8 * 1.4
 
 
+def test_a_refused_shape_says_which_groups_fit() -> None:
+    with pytest.raises(ValueError, match=r'group_size 64 .* 96 columns; set "group_size": 32$'):
+        kernels.estimate_nbytes(4, None, CPU, 64, 96)
+    with pytest.raises(ValueError, match="does not divide its 100 columns$"):  # none does
+        kernels.estimate_nbytes(4, None, CPU, 64, 100)
+
+
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=needs_int8)])
 def test_codes_are_not_kept(bits: int) -> None:
     kernel, fmt = kernels.choose(bits, None, CPU, torch.bfloat16)

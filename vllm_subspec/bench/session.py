@@ -7,7 +7,6 @@ ratio on one machine in one run.
 """
 
 import os
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,11 +151,6 @@ class Session:
             return 0.0
         records = self.call("round_log", since)["records"]
         return records[0]["draft_ended"] - records[0]["draft_began"] if records else 0.0
-
-
-def peak_rss() -> int:
-    """Bytes this process has ever had in memory at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def harmonic(speeds: list[float]) -> float:

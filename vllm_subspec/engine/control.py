@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import resource
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from vllm_subspec.engine.drafting import Pruning
 from vllm_subspec.engine.loading import Loading
 from vllm_subspec.engine.method import options_of
 from vllm_subspec.engine.proposer import DraftProposer
+from vllm_subspec.weights.host_memory import peak_memory
 from vllm_subspec.weights.ring import RingStats
 
 
@@ -76,7 +76,7 @@ class DraftingControl:
         the interpreter and its libraries included."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory()
 
     def statistics(self, seen: int = 0) -> dict[str, Any]:
         """What the server's metrics are made of (`core.metrics` has their meanings).

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""How much memory this process may use: what the machine has, or what its control group allows.
+"""How much memory this process may use, and has used.
+
+It may use what the machine has, or what its control group allows.
 
 In a container the machine's memory is that of the node. Who plans with it is killed at the limit.
 """
@@ -31,6 +33,17 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     for limit, used in _limits(root):
         total, available = min(total, limit), min(available, max(0, limit - used))
     return HostMemory(total, available)
+
+
+def peak_memory() -> int:
+    """Most bytes of host memory that this process has had at once, its libraries included.
+
+    Not getrusage's figure: that one begins with what the parent had when it started this process.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no line VmHWM")
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:

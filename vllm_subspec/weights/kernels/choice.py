@@ -22,6 +22,8 @@ dynamic linears of fbgemm make the tokens of a batch depend on each other. On CU
 Machete on Hopper, else Marlin; neither was measured here.
 """
 
+from contextlib import suppress
+
 import torch
 from vllm.logger import init_logger
 
@@ -33,6 +35,9 @@ from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
 from vllm_subspec.weights.quantized_weight import QuantFormat
 
 logger = init_logger(__name__)
+
+_GROUP_SIZES = (64, 32, 16, 128, 256, -1)
+"""Of the option, in the order in which they are advised."""
 
 # Of several for one width, the first that is available.
 _KERNELS: dict[str, tuple[type[SubstituteKernel], ...]] = {
@@ -87,5 +92,16 @@ def estimate_nbytes(
     kernel, fmt = choose(bits, group_size, device, torch.bfloat16)
     reason = kernel.refusal(fmt, rows, columns)
     if reason is not None:
-        raise ValueError(f"{kernel.name} cannot hold a weight of shape {(rows, columns)}: {reason}")
+        raise ValueError(
+            f"{kernel.name} cannot hold a weight of shape {(rows, columns)}: {reason}"
+            + _remedy(kernel, bits, rows, columns)
+        )
     return kernel.estimate_nbytes(fmt, rows, columns)
+
+
+def _remedy(kernel: type[SubstituteKernel], bits: int, rows: int, columns: int) -> str:
+    for size in _GROUP_SIZES:
+        with suppress(ValueError):
+            if kernel.refusal(kernel.format_for(bits, size), rows, columns) is None:
+                return f'; set "group_size": {size}'
+    return ""
