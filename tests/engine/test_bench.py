@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.upscale import Recipe, load_config, pick_shape, upscale
-from tests.engine.helpers import MODEL
+from tests.engine.helpers import MODEL, MODELS
 from vllm_subspec.bench.engine_process import EngineProcess
 from vllm_subspec.bench.session import Session
 from vllm_subspec.cli.main import main
 
 OPTIONS = {"resident_weights_gib": 0, "bits": 8}  # quantized in a second
 ENGINE = {"kv_cache_memory_bytes": 48 << 20, "max_model_len": 512}
+SMALL = MODELS / "pystd-1m"
 GIB = 0.4  # enough that what is planned is no rounding error beside the interpreter
 
 
@@ -74,6 +75,27 @@ def test_ways_take_turns(
     assert out.with_suffix(".html").read_text().count("<svg") > 5
     assert len(json.loads(timed.read_text())["traceEvents"]) > 50
     assert not re.search(r"Traceback", told)
+
+
+def test_a_target_without_substitutes(tmp_path: Path) -> None:
+    """Nothing is streamed: no plan, no bounds."""
+    out = tmp_path / "bench.json"
+    options = {"method": "hierspec", "intermediate": str(SMALL), "drafter": {"method": "ngram"}}
+    arguments = [
+        *("--prompts", "python", "--requests", "2", "--tokens", "32", "--plain-tokens", "32"),
+        *("--speculative-config", json.dumps(options), "--out", str(out)),
+        *("--engine", json.dumps(ENGINE | {"dtype": "float32"})),
+    ]
+    assert main(["bench", str(MODEL), *arguments]) == 0
+    result = json.loads(out.read_text())
+    assert result["engines"][0]["plan"] is None
+    (cell,) = result["cells"]
+    assert list(cell["ways"]) == ["off", "hierspec"]
+    way = cell["ways"]["hierspec"]
+    assert way["tau"] > 1.5
+    assert way["log"]["totals"]["rounds"] > 0
+    assert way["differences"] == []
+    assert out.with_suffix(".html").read_text().count("<svg") > 3
 
 
 def test_memory_is_as_planned(large: Path, stores: Path) -> None:

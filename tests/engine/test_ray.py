@@ -3,9 +3,11 @@
 """Ray: tensor-parallel ranks, offline batches and a service of replicas, each as a user runs it."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,6 +96,8 @@ class Cluster:
 
     head: Job
     environment: dict[str, str]
+    metrics: str
+    """Where this node's metrics are."""
 
     @contextlib.contextmanager
     def running(self, example: str, *arguments: str) -> Iterator[Job]:
@@ -113,6 +118,11 @@ class Cluster:
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.head.process.pid).children(recursive=True)
+
+    def tells(self, series: re.Pattern[str], times: int) -> bool:
+        """Whether this node's metrics have it so often."""
+        with urllib.request.urlopen(self.metrics, timeout=60) as reply:
+            return len(series.findall(reply.read().decode())) == times
 
     def engines(self) -> int:
         """How many are running."""
@@ -135,18 +145,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp("ray")
     sockets = tempfile.mkdtemp(prefix="ray-")  # a socket's path has at most 107 characters
-    port = free_port()
+    port, metrics = free_port(), free_port()
     environment = {**os.environ, **two_ranks.ALONE, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    environment["VLLM_LOG_STATS_INTERVAL"] = "1"
     # The front end and the engine are two processes, as they are for users.
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", sockets]
     command += ["--num-cpus", "8", "--object-store-memory", str(200 << 20)]
     command += ["--include-dashboard", "false", "--ray-client-server-port", str(free_port())]
+    command += ["--metrics-export-port", str(metrics)]
     log = folder / "head.log"
     with log.open("wb") as output:
         head = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    cluster = Cluster(Job(head, log), environment)
+    cluster = Cluster(Job(head, log), environment, f"http://127.0.0.1:{metrics}/metrics")
     try:
         cluster.head.wait_until("Ray runs", lambda: "Ray runtime started" in log.read_text())
         yield cluster
@@ -225,6 +237,11 @@ def test_serve(cluster: Cluster, expected: dict[str, str], tmp_path: Path) -> No
         assert cluster.engines() == 2
         with ThreadPoolExecutor(8) as pool:
             answers = dict(zip(TEXTS, pool.map(complete, TEXTS), strict=True))
+        # Ray's names, one series for each replica's worker; Ray passes them on with a delay.
+        for name in ("rounds_total", "accepted_depth_count", "planned_memory_bytes"):
+            series = re.compile(rf"^ray_vllm_subspec_{name}{{.*\brank=.* [1-9]", re.MULTILINE)
+            told = functools.partial(cluster.tells, series, 2)
+            job.wait_until(f"both replicas tell {name}", told)
         job.process.send_signal(signal.SIGINT)
         assert job.process.wait(PATIENCE) == 0
     assert answers == expected

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
+from functools import partial
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from vllm_subspec.core.metrics import METRICS, PREFIX, SAMPLES
 from vllm_subspec.engine.metrics import Families, Observer
@@ -44,12 +45,16 @@ def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
+def families(registry: CollectorRegistry) -> Families:
+    return Families(*(partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)))
+
+
 def value(registry: CollectorRegistry, sample: str, **labels: str) -> float | None:
     return registry.get_sample_value(PREFIX + sample, {"model_name": "m", "rank": "1", **labels})
 
 
 def test_totals_are_counted_once(registry: CollectorRegistry):
-    observer = Observer(Families(registry), "m")
+    observer = Observer(families(registry), "m")
     assert observer.rounds == 0
     observer.update(statistics(2, [1, 0, 1], [0.25, 0.5]))
     assert observer.rounds == 2
@@ -72,7 +77,7 @@ def test_totals_are_counted_once(registry: CollectorRegistry):
 
 
 def test_the_same_again_adds_nothing(registry: CollectorRegistry):
-    observer = Observer(Families(registry), "m")
+    observer = Observer(families(registry), "m")
     observer.update(statistics(2, [1, 0, 1], [0.25, 0.5]))
     observer.update(statistics(2, [1, 0, 1], []))
     assert value(registry, "rounds_total") == 2
@@ -81,7 +86,7 @@ def test_the_same_again_adds_nothing(registry: CollectorRegistry):
 
 
 def test_every_sample_is_known_and_every_known_one_is_there(registry: CollectorRegistry):
-    Observer(Families(registry), "m").update(statistics(2, [1, 0, 1], [0.25, 0.5]))
+    Observer(families(registry), "m").update(statistics(2, [1, 0, 1], [0.25, 0.5]))
     seen = {
         sample.name: set(sample.labels)
         for family in registry.collect()

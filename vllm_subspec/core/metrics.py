@@ -9,7 +9,8 @@ from typing import Literal
 PREFIX = "vllm_subspec:"
 COMMON = ("model_name", "rank")
 """Labels of every metric; the rank is the tensor-parallel one."""
-DEPTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# A half stands for none: histograms of Ray have no bucket of 0.
+DEPTHS = (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 NODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 

@@ -2,53 +2,64 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The server's ``/metrics`` also show what every worker knows of its rounds and its ring.
 
-The workers are asked whenever the server logs its statistics, every `VLLM_LOG_STATS_INTERVAL`
-seconds. They answer with totals, and what is new since the last answer is counted.
+The workers are asked every `VLLM_LOG_STATS_INTERVAL` seconds while their engine serves. They answer
+with totals, and what is new since the last answer is counted, by the means of the engine's own
+Prometheus logger: under Ray Serve that is Ray's.
 """
 
-import contextlib
+import asyncio
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from vllm_subspec.core.metrics import COMMON, METRICS, PREFIX
 from vllm_subspec.engine.method import options_of
+
+logger = init_logger(__name__)
 
 _MARK = "_vllm_subspec_metrics"
 
 
 class Families:
-    """The metrics of this process."""
+    """The metrics of this process.
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    Args:
+        counter, gauge, histogram: what makes them, called as `prometheus_client`'s.
+    """
+
+    def __init__(
+        self,
+        counter: Callable[..., Any] = Counter,
+        gauge: Callable[..., Any] = Gauge,
+        histogram: Callable[..., Any] = Histogram,
+    ) -> None:
         self._families: dict[str, Any] = {}
         for metric in METRICS:
-            name, labels = PREFIX + metric.name, COMMON + metric.labels
-            told = (name, metric.meaning, labels)
+            told = (PREFIX + metric.name, metric.meaning, COMMON + metric.labels)
             if metric.kind == "counter":
-                self._families[metric.name] = Counter(*told, registry=registry)
+                made = counter(*told)
             elif metric.kind == "histogram":
-                self._families[metric.name] = Histogram(
-                    *told, registry=registry, buckets=metric.buckets
-                )
+                made = histogram(*told, buckets=metric.buckets)
             else:
                 # Of several front ends only one asks: its word is the newest.
-                self._families[metric.name] = Gauge(
-                    *told, registry=registry, multiprocess_mode="mostrecent"
-                )
+                made = gauge(*told, multiprocess_mode="mostrecent")
+            self._families[metric.name] = made
 
     def __getitem__(self, name: str) -> Any:
         return self._families[name]
 
 
 @functools.cache
-def _families() -> Families:
-    return Families()
+def _families(kind: type[PrometheusStatLogger]) -> Families:
+    return Families(kind._counter_cls, kind._gauge_cls, kind._histogram_cls)
 
 
 class Observer:
@@ -100,9 +111,14 @@ def _growth(now: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[str, 
 
 
 class ServerMetrics:
-    """Of one engine."""
+    """Of one engine.
 
-    def __init__(self) -> None:
+    Args:
+        families: in which its workers' statistics are counted.
+    """
+
+    def __init__(self, families: Families) -> None:
+        self._families = families
         self._observers: list[Observer] = []
 
     async def update(self, engine: AsyncLLM) -> None:
@@ -111,27 +127,52 @@ class ServerMetrics:
         answers = await engine.collective_rpc("statistics", args=(seen,))
         if not self._observers:
             name = engine.model_config.served_model_name
-            self._observers = [Observer(_families(), name) for _ in answers]
+            self._observers = [Observer(self._families, name) for _ in answers]
         for observer, statistics in zip(self._observers, answers, strict=True):
             observer.update(statistics)
 
 
+async def _ask_at_intervals(asked: ReferenceType[AsyncLLM], metrics: ServerMetrics) -> None:
+    """Until the engine has ended or is gone; it is not kept for this."""
+    while True:
+        await asyncio.sleep(envs.VLLM_LOG_STATS_INTERVAL)
+        engine = asked()
+        if engine is None or not engine.is_running:
+            return
+        try:
+            await metrics.update(engine)
+        except EngineDeadError:
+            return  # whoever waits for a request hears of it
+        except Exception:
+            if engine.is_running:
+                logger.exception("What the workers did since the last time is not in /metrics yet.")
+        del engine
+
+
 def install() -> None:
-    """Wrap `AsyncLLM.do_log_stats`, which servers call at intervals, once."""
-    original = AsyncLLM.do_log_stats
+    """Wrap `AsyncLLM._run_output_handler`, once: with it an engine begins to serve in an event
+    loop, whoever serves it."""
+    original = AsyncLLM._run_output_handler
     if getattr(original, _MARK, False):
         return
-    engines: WeakKeyDictionary[AsyncLLM, ServerMetrics] = WeakKeyDictionary()
+    asking: WeakKeyDictionary[AsyncLLM, asyncio.Task[None]] = WeakKeyDictionary()
 
     @functools.wraps(original)
-    async def do_log_stats(self: AsyncLLM) -> None:
-        await original(self)
+    def run_output_handler(self: AsyncLLM) -> None:
+        original(self)
         # Front ends that share an engine share their metrics, too: the first one asks for all.
         first = self.engine_core.client_index == 0
-        if self.logger_manager is None or not first or options_of(self.vllm_config) is None:
+        if self.logger_manager is None or not first or self in asking:
             return
-        with contextlib.suppress(EngineDeadError):  # whoever waits for a request hears of it
-            await engines.setdefault(self, ServerMetrics()).update(self)
+        if options_of(self.vllm_config) is None:
+            return
+        kind: Any = next(
+            type(stat_logger)
+            for stat_logger in self.logger_manager.stat_loggers
+            if isinstance(stat_logger, PrometheusStatLogger)
+        )
+        metrics = ServerMetrics(_families(kind))
+        asking[self] = asyncio.create_task(_ask_at_intervals(ref(self), metrics))
 
-    setattr(do_log_stats, _MARK, True)
-    AsyncLLM.do_log_stats = do_log_stats
+    setattr(run_output_handler, _MARK, True)
+    AsyncLLM._run_output_handler = run_output_handler
