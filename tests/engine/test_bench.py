@@ -102,11 +102,11 @@ def test_memory_is_as_planned(large: Path, stores: Path) -> None:
     """At a start from a store: while one is written, pages of the checkpoint's file count too."""
     with EngineProcess(large, OPTIONS | {"store_dir": str(stores)}, **ENGINE) as engine:
         planned, peak = engine.call(_planned_and_peak)
-    # Quantizing takes some tens of MiB for a while, which is 5% of so small a model and 1 to 2% of
-    # one of 2 GiB.
-    assert peak == pytest.approx(planned, rel=0.08)
+    print(f"planned {planned / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+    assert peak == pytest.approx(planned, rel=0.05)
 
 
 def _planned_and_peak(session: Session) -> tuple[int, int]:
-    session.generate(["import os\n", "def main():\n"], 32, True)
+    # The plan is for a full batch of prompts, and then of drafts.
+    session.generate(["import os\n" * n for n in range(1, 97)], 24, True)
     return session.call("memory_plan")["total"], session.call("peak_memory")

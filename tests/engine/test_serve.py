@@ -187,9 +187,15 @@ def test_metrics(server: Server) -> None:
 
 
 def test_memory_is_as_planned(server: Server) -> None:
-    """Libraries that are loaded later and quantizing took 70 MB more: 8% of such a process."""
+    """Under a full batch, as is planned for."""
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(server.complete, ["import os\n" * n for n in range(1, 65)]))
     planned = server.counter("vllm_subspec:planned_memory_bytes")
-    assert server.counter("vllm_subspec:peak_memory_bytes") == pytest.approx(planned, rel=0.1)
+
+    def agree() -> bool:
+        return server.counter("vllm_subspec:peak_memory_bytes") == pytest.approx(planned, rel=0.05)
+
+    assert within(60, agree), (server.counter("vllm_subspec:peak_memory_bytes"), planned)
 
 
 def test_speculation_is_switched_off_and_on(server: Server, expected: dict[str, Answer]) -> None:

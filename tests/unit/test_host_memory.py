@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
-from vllm_subspec.weights.host_memory import host_memory, peak_memory
+from vllm_subspec.weights.host_memory import forget_peak, host_memory, peak_memory
 
 MIB = 1 << 20
 
@@ -90,3 +90,6 @@ def test_the_peak_is_of_this_process_alone() -> None:
     assert 4 * MIB < int(found.stdout) < held.size
     more = np.ones(100 * MIB, np.uint8)
     assert peak_memory() > before + 0.5 * more.size
+    del held, more
+    forget_peak()
+    assert peak_memory() < before

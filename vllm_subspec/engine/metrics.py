@@ -135,7 +135,6 @@ class ServerMetrics:
 async def _ask_at_intervals(asked: ReferenceType[AsyncLLM], metrics: ServerMetrics) -> None:
     """Until the engine has ended or is gone; it is not kept for this."""
     while True:
-        await asyncio.sleep(envs.VLLM_LOG_STATS_INTERVAL)
         engine = asked()
         if engine is None or not engine.is_running:
             return
@@ -147,6 +146,7 @@ async def _ask_at_intervals(asked: ReferenceType[AsyncLLM], metrics: ServerMetri
             if engine.is_running:
                 logger.exception("What the workers did since the last time is not in /metrics yet.")
         del engine
+        await asyncio.sleep(envs.VLLM_LOG_STATS_INTERVAL)
 
 
 def install() -> None:

@@ -20,6 +20,7 @@ from vllm_subspec.engine.failure import FailedOutput
 from vllm_subspec.engine.loading import Loading
 from vllm_subspec.engine.proposer import DraftProposer
 from vllm_subspec.engine.runner import TreeCPUModelRunner, TreeGPUModelRunner
+from vllm_subspec.weights.host_memory import forget_peak
 from vllm_subspec.weights.ring import RingStats
 from vllm_subspec.weights.streaming import RING_OPERATORS
 
@@ -86,6 +87,8 @@ class SubspecWorker(StreamingControl, DraftingWorker):
         set_offloader(self.loading.offloader)
         with self.loading.active():
             super().load_model(**kwargs)
+        # While loading, pages of the checkpoint's files count, which the kernel can take back.
+        forget_peak()
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()

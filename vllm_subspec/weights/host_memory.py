@@ -8,6 +8,7 @@ In a container the machine's memory is that of the node. Who plans with it is ki
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 
 
 def peak_memory() -> int:
-    """Most bytes of host memory that this process has had at once, its libraries included.
+    """Most bytes of host memory that this process has had at once, with pages of mapped files.
 
     Not getrusage's figure: that one begins with what the parent had when it started this process.
     """
@@ -44,6 +45,12 @@ def peak_memory() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no line VmHWM")
+
+
+def forget_peak() -> None:
+    """What `peak_memory` says begins anew, where the kernel can do that (proc(5), clear_refs)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:
