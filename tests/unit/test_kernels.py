@@ -335,8 +335,11 @@ def tensor_parallel_group() -> Iterator[None]:
     ],
     ids=str,
 )
-def test_vllm_mixed_precision_layout(fmt: QuantFormat, dtype: torch.dtype) -> None:
+def test_vllm_mixed_precision_layout(
+    fmt: QuantFormat, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same parameters as on CUDA, read by vLLM's CPU kernel of the same format."""
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")  # a layout of its own, where there is AMX
     weight = coded(96, 512, fmt)
     kernel = MixedPrecisionKernel(weight, dtype)
     check(kernel, weight, dtype, 0.012)
