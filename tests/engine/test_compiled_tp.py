@@ -25,6 +25,8 @@ from tests.engine.helpers import (
 from tests.engine.hierarchies import SMALL, WAYS
 from vllm_subspec.cli.main import main
 
+LAST_PLACE = 2**-4
+"""Of a bfloat16 from 8 to 16, as this model's best logits are."""
 PROMPTS = source_prompts(16, shortest=1, longest=200)
 PARAMS = [greedy(32)] * 16
 
@@ -68,6 +70,9 @@ def test_bf16_differs_only_at_near_ties(engines: Engines, tmp_path: Path, target
     streaming engine with drafting switched off. The largest move of a likely token is the noise.
     Where speculation emits another token, that one and the best may both have moved, so it is at
     most twice the noise behind.
+
+    Some kernels compute a row alike in every batch: W4A16's, oneDNN's with AMX. But trees attend in
+    float32, where vLLM's attention with AMX rounds to bf16: that moves a logit by its last place.
     """
     prompts = source_prompts(32, shortest=10, longest=150)
     params = [greedy(48, logprobs=5) for _ in prompts]
@@ -92,8 +97,9 @@ def test_bf16_differs_only_at_near_ties(engines: Engines, tmp_path: Path, target
         for i, (tokens, steps) in enumerate(baseline)
         for j, (token, step) in enumerate(zip(tokens, steps, strict=True))
     )
-    # The W4A16 kernel on the CPU computes a row alike in every batch; then none may differ.
-    assert noise < 0.5 and (noise > 0 or target == "W4A16")
+    assert noise < 0.5
+    if target == "streamed":
+        noise = max(noise, LAST_PLACE)
 
     drafted = generate(llm, prompts, [greedy(48)] * len(prompts))
 
