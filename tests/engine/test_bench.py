@@ -102,7 +102,6 @@ def test_memory_is_as_planned(large: Path, stores: Path) -> None:
     """At a start from a store: while one is written, pages of the checkpoint's file count too."""
     with EngineProcess(large, OPTIONS | {"store_dir": str(stores)}, **ENGINE) as engine:
         planned, peak = engine.call(_planned_and_peak)
-    print(f"planned {planned / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
     # Measured: 1.1%. What oneDNN and the allocator keep is another on each host.
     assert peak == pytest.approx(planned, rel=0.08)
 

@@ -98,8 +98,8 @@ def test_bf16_differs_only_at_near_ties(engines: Engines, tmp_path: Path, target
         for j, (token, step) in enumerate(zip(tokens, steps, strict=True))
     )
     assert noise < 0.5
-    if target == "streamed":
-        noise = max(noise, LAST_PLACE)
+    if target == "streamed" and noise == 0:
+        noise = LAST_PLACE
 
     drafted = generate(llm, prompts, [greedy(48)] * len(prompts))
 

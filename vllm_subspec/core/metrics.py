@@ -64,7 +64,9 @@ METRICS = (
     Metric("gauge", "speculating", "Whether requests draft: 0 when switched off."),
     Metric("gauge", "planned_memory_bytes", "Memory that the plan gave to the rank."),
     Metric(
-        "gauge", "peak_memory_bytes", "The most memory that the rank has had since it was loaded."
+        "gauge",
+        "peak_memory_bytes",
+        "The most memory that the rank has had; of a CPU since it was loaded.",
     ),
     Metric(
         "gauge",

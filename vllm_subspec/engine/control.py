@@ -72,8 +72,8 @@ class DraftingControl:
         return self.proposer.log.to_json_dict(since)
 
     def peak_memory(self) -> int:
-        """Bytes of the device that this rank has ever had at once; without a GPU of host memory,
-        the interpreter and its libraries included."""
+        """Bytes of the device that this rank has ever had at once. Without a GPU those of host
+        memory since it was loaded, the interpreter and its libraries included."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
         return peak_memory()

@@ -159,10 +159,11 @@ def install() -> None:
 
     @functools.wraps(original)
     def run_output_handler(self: AsyncLLM) -> None:
+        begins = self.output_handler is None  # called again with every request
         original(self)
         # Front ends that share an engine share their metrics, too: the first one asks for all.
         first = self.engine_core.client_index == 0
-        if self.logger_manager is None or not first or self in asking:
+        if not begins or not first or self.logger_manager is None:
             return
         if options_of(self.vllm_config) is None:
             return
