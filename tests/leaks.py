@@ -20,7 +20,8 @@ LEAST_MINUTES = 2.0
 
 class Sample(NamedTuple):
     minutes: float
-    resident_mb: float
+    resident_mb: list[float]
+    """Of each process."""
     files: int
     threads: int
 
@@ -40,17 +41,21 @@ class Leaks:
 
     def __post_init__(self) -> None:
         self._begin = time.monotonic()
+        self._names = [process.name() for process in self.processes]
 
     def sample(self) -> None:
         minutes = (time.monotonic() - self._begin) / 60
-        resident = sum(process.memory_info().rss for process in self.processes) / 1e6
+        resident = [process.memory_info().rss / 1e6 for process in self.processes]
         files = sum(process.num_fds() for process in self.processes)
         threads = sum(process.num_threads() for process in self.processes)
         self.samples.append(Sample(minutes, resident, files, threads))
 
     def __str__(self) -> str:
+        each = ", ".join(
+            f"{name} {slope:+.2f}" for name, slope in zip(self._names, self._slopes(), strict=True)
+        )
         return (
-            f"{self.mb_per_minute:+.2f} MB/min over the last {self.minutes:.1f} minutes, "
+            f"{self.mb_per_minute:+.2f} MB/min over the last {self.minutes:.1f} minutes ({each}), "
             f"{self.samples[-1].files} files, {self.samples[-1].threads} threads"
         )
 
@@ -65,9 +70,15 @@ class Leaks:
 
     @property
     def mb_per_minute(self) -> float:
-        """Slope of the resident memory, by least squares."""
-        times, sizes = ([s[i] for s in self.warm] for i in range(2))
-        return float(np.polyfit(times, sizes, 1)[0])
+        """Slope of the resident memory of all processes."""
+        return sum(self._slopes())
+
+    def _slopes(self) -> list[float]:
+        """[processes] MB a minute, by least squares."""
+        times = [sample.minutes for sample in self.warm]
+        sizes = [sample.resident_mb for sample in self.warm]
+        slopes: list[float] = np.polyfit(times, sizes, 1)[0].tolist()
+        return slopes
 
     def found(self) -> list[str]:
         """What grew, a sentence each."""

@@ -75,10 +75,10 @@ def messages(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
     logger.removeHandler(caplog.handler)
 
 
-def start(engines: Engines, folder: Path, model: Path = MODEL) -> LLM:
+def start(engines: Engines, folder: Path, model: Path = MODEL, **settings: Any) -> LLM:
     """A new engine, even where the last one was started in the same way."""
     engines.close()
-    return engines.get({**ROUGH, "store_dir": str(folder)}, model)
+    return engines.get({**ROUGH, "store_dir": str(folder)}, model, **settings)
 
 
 def only_store(folder: Path) -> Path:
@@ -278,6 +278,18 @@ def test_the_second_start_reads_the_store_only(
     ]
     assert generate(second, PROMPTS, PARAMS) == expected
     assert only_store(tmp_path / "store").stat().st_mtime_ns == written.st_mtime_ns
+
+
+def test_a_second_start_that_reads_everything_says_so(
+    engines: Engines, expected: list[Answer], tmp_path: Path, messages: Callable[[], str]
+) -> None:
+    whole_files = {"enable_multithread_load": True}
+    start(engines, tmp_path)
+    assert messages() == ""
+    llm = start(engines, tmp_path, model_loader_extra_config=whole_files)
+    assert worker_of(llm).loading.store_reused
+    assert "--model-loader-extra-config" in messages()
+    assert generate(llm, PROMPTS, PARAMS) == expected
 
 
 @pytest.fixture

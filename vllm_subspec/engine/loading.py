@@ -91,6 +91,7 @@ class Loading:
         self._kept: SubstituteStore | None = None
         # Whether a tensor of the checkpoint, by its name, is in the store that is used again.
         self._stored: Callable[[str], bool] = lambda name: False
+        self._tensors_left_out = 0
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -113,7 +114,9 @@ class Loading:
     def _is_stored(self, name: str) -> bool:
         """Models that draft are loaded meanwhile, too, without our offloader: their weights may
         have the same names."""
-        return get_offloader() is self.offloader and self._stored(name)
+        stored = get_offloader() is self.offloader and self._stored(name)
+        self._tensors_left_out += stored
+        return stored
 
     def build_draft(self, target: nn.Module) -> nn.Module:
         """Raises ValueError if vLLM did not show the layers of this model to the offloader."""
@@ -256,6 +259,7 @@ class Loading:
         source: BlockSource
         if self._store is not None:
             if self.store_reused:
+                self._say_what_was_read()
                 self._substitute_from(self._store)
             if self._kept is not None:
                 self._kept.finish()
@@ -278,6 +282,17 @@ class Loading:
         self.offloader.attach(self.ring, slots)
         context = self._config.compilation_config.static_forward_context
         context[RING_CONTEXT] = self.ring
+
+    def _say_what_was_read(self) -> None:
+        """A start from a store that read the checkpoint as well was slower than it need be."""
+        parts = sum(len(layer.parts) for layer in self.offloader.streamed)
+        if self._tensors_left_out < parts:
+            logger.warning(
+                "The checkpoint was read for streamed layers though the weight store holds them, "
+                "so every start takes longer: its tensors have names that only vLLM's model knows, "
+                "or --load-format or --model-loader-extra-config chose a reader that takes whole "
+                "files"
+            )
 
     def _substitute_from(self, store: WeightStore) -> None:
         streamed = self.offloader.streamed
