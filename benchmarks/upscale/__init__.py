@@ -41,6 +41,6 @@ the same function?), figures (what is measured and committed).
 
 from benchmarks.upscale.checkpoint import upscale
 from benchmarks.upscale.families import load_config
-from benchmarks.upscale.shape import Recipe, pick_shape
+from benchmarks.upscale.shape import Recipe, pick_shape, shaped_like
 
-__all__ = ["Recipe", "load_config", "pick_shape", "upscale"]
+__all__ = ["Recipe", "load_config", "pick_shape", "shaped_like", "upscale"]
