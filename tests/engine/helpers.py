@@ -135,6 +135,7 @@ class Engines:
         self._references: dict[str, list[Answer]] = {}
         for prefix in ("", "Eagle", "Eagle3"):
             import_model_class(f"{prefix}LlamaForCausalLM")
+        _settle()
 
     def get(self, speculative: Settings | None, model: Path = MODEL, **settings: Any) -> LLM:
         """An engine with ``settings`` over `DEFAULTS`; the one before is shut down.
@@ -176,7 +177,14 @@ class Engines:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
-            gc.collect()
+            _settle()
+
+
+def _settle() -> None:
+    """While an engine starts vLLM collects garbage many times. It need not go through all modules
+    each time; an engine that is shut down unfreezes them."""
+    gc.collect()
+    gc.freeze()
 
 
 def generate(

@@ -2,18 +2,19 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Engines of two tensor-parallel ranks, in a process of their own, as the ranks are processes, too.
 
-    python -m tests.engine.two_ranks EXECUTOR MODEL STORE_DIR WAY...
+    python -m tests.engine.two_ranks MODEL STORE_DIR WAY...
 
-prints a line of JSON: what each `Way` answered, and what its ranks drafted.
+prints a line of JSON: what each way answered, and what its ranks drafted.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,16 +47,20 @@ PROMPTS = source_prompts(16, shortest=1, longest=200)[:8]
 SAMPLED = [SamplingParams(temperature=0.8, seed=s, max_tokens=24) for s in (1, 2, None, None)]
 PARAMS = [*[greedy(24)] * 4, *SAMPLED]
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
     "drafting": ROUGH,
+    "drafting, ray": ROUGH,
     # What a hierarchy drafts depends on measured time, which differs between the ranks.
     "hierarchy": {**WAYS["substitute-eagle"], "pruning": "dynamic"},
     # Of a random model, coarser substitutes are hardly ever right.
     "chains": {**CHAIN, "bits": 4},
 }
+"""The ``speculative_config`` of each way. The ranks of those that end in "ray" are started by Ray,
+the others' by vLLM: that changes no sum."""
 
 
-class Way(NamedTuple):
+class Did(NamedTuple):
     """What an engine did.
 
     Args:
@@ -70,34 +75,25 @@ class Way(NamedTuple):
 
 
 def run(
-    executor: str, store_dir: Path, ways: Sequence[str], seconds: float, model: Path = MODEL
-) -> dict[str, Way]:
-    """What engines with ``OPTIONS[way]`` do, and as ``"plain"`` one without speculation.
+    ways: Sequence[str], store_dir: Path, seconds: float, model: Path = MODEL
+) -> dict[str, Did]:
+    """What engines do, by their ways (keys of ``OPTIONS``).
 
     Args:
-        executor: vLLM's ``distributed_executor_backend`` of the engines that speculate, ``"mp"`` or
-            ``"ray"``. The plain one has ``"mp"``: how its ranks are started changes no sum.
+        store_dir: of all that speculate.
         seconds: after which it is given up.
         model: one without a tokenizer gets the same prompts, as far as it knows such tokens.
     """
     cores = sorted(os.sched_getaffinity(0))
-    found = [str(ROOT), *[str(PLATFORM)] * (executor == "ray"), os.environ.get("PYTHONPATH", "")]
+    found = [str(ROOT), *[str(PLATFORM)] * any(map(_over_ray, ways))]
     environment = {
         **os.environ,
         **ALONE,
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
-        "PYTHONPATH": os.pathsep.join(filter(None, found)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*found, os.environ.get("PYTHONPATH", "")])),
     }
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.engine.two_ranks",
-            executor,
-            str(model),
-            str(store_dir),
-            *ways,
-        ],
+        [sys.executable, "-m", "tests.engine.two_ranks", str(model), str(store_dir), *ways],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -106,19 +102,19 @@ def run(
     )
     report = json.loads(done.stdout.splitlines()[-1])
     return {
-        name: Way(tokens, DraftCounts(**counts), drafted)
-        for name, (tokens, counts, drafted) in report.items()
+        way: Did(tokens, DraftCounts(**counts), drafted)
+        for way, (tokens, counts, drafted) in report.items()
     }
 
 
-def assert_same_answers(way: Way, plain: Way) -> None:
+def assert_same_answers(did: Did, plain: Did) -> None:
     for i, params in enumerate(PARAMS):
         if params.seed or not params.temperature:
-            assert way.tokens[i] == plain.tokens[i], f"request {i}"
+            assert did.tokens[i] == plain.tokens[i], f"request {i}"
 
 
-def assert_ranks_drafted_alike(way: Way) -> None:
-    first, second = way.drafted
+def assert_ranks_drafted_alike(did: Did) -> None:
+    first, second = did.drafted
     assert first == second
 
 
@@ -141,43 +137,52 @@ def _digest_of(worker: Any) -> str:
     return digest
 
 
-def _answer(executor: str, model: str, speculative: dict[str, Any] | None) -> Way:
+def _over_ray(way: str) -> bool:
+    return way.endswith("ray")
+
+
+def _answer(way: str, model: str, store_dir: str) -> Did:
+    options = OPTIONS[way]
     llm = LLM(
         model,
         skip_tokenizer_init=not (Path(model) / "tokenizer.json").exists(),
         dtype="float32",
         enforce_eager=True,
         tensor_parallel_size=2,
-        distributed_executor_backend=executor,
+        distributed_executor_backend="ray" if _over_ray(way) else "mp",
         max_model_len=512,
         block_size=32,
         kv_cache_memory_bytes=32 << 20,
         max_num_batched_tokens=128,
         disable_log_stats=False,
-        speculative_config=speculative,
+        speculative_config=None if options is None else {**options, "store_dir": store_dir},
     )
-    if speculative is not None:
+    if options is not None:
         llm.collective_rpc(count_drafts)
         llm.collective_rpc(_digest_drafts)
     known = llm.model_config.get_vocab_size()
     prompts = [[token % known for token in prompt] for prompt in PROMPTS]
-    way = Way([list(answer.tokens) for answer in generate(llm, prompts, PARAMS)], DraftCounts(), [])
-    if speculative is not None:
-        way = way._replace(counts=draft_counts(llm), drafted=llm.collective_rpc(_digest_of))
+    did = Did([list(answer.tokens) for answer in generate(llm, prompts, PARAMS)], DraftCounts(), [])
+    if options is not None:
+        did = did._replace(counts=draft_counts(llm), drafted=llm.collective_rpc(_digest_of))
     llm.llm_engine.engine_core.shutdown()
-    return way
+    return did
 
 
-def main(executor: str, model: str, store_dir: str, *ways: str) -> None:
-    answered = {"plain": _answer("mp", model, None)}
-    if executor == "ray":
-        import ray
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    import ray
 
-        ray.init(num_cpus=2, num_gpus=2, object_store_memory=100 << 20, include_dashboard=False)
+    ray.init(num_cpus=2, num_gpus=2, object_store_memory=100 << 20, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def main(model: str, store_dir: str, *ways: str) -> None:
+    answered = {}
     for way in ways:
-        answered[way] = _answer(executor, model, {**OPTIONS[way], "store_dir": store_dir})
-    if executor == "ray":
-        ray.shutdown()
+        with _ray() if _over_ray(way) else contextlib.nullcontext():
+            answered[way] = _answer(way, model, store_dir)
     print("\n" + json.dumps(answered, default=vars), flush=True)
 
 

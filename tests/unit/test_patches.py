@@ -2,15 +2,18 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The patches apply to the installed vLLM, and their run-time forms do what they say."""
 
+import ctypes
 import importlib.util
 import inspect
+import itertools
 import os
 import py_compile
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ import numpy as np
 import pytest
 import torch
 import vllm
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
@@ -135,6 +140,7 @@ def test_applying_twice_changes_nothing() -> None:
                 (StructuredOutputManager, "grammar_bitmask"),
                 (SamplingParams, "_validate_spec_decode"),
                 (EngineCoreProc, "run_busy_loop"),
+                (SpinCondition, "record_read"),
             )
         ]
 
@@ -621,3 +627,60 @@ def test_thinking_budgets_are_refused_where_our_proposer_drafts() -> None:
     asked._validate_spec_decode(None)
     with pytest.raises(VLLMValidationError, match="thinking_token_budget from the request"):
         asked._validate_spec_decode(ours)
+
+
+# 0009
+
+NOTICES = 10_000
+
+
+class _Allocated(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        *((f"unused_{i}", ctypes.c_size_t) for i in range(7)),
+        ("uordblks", ctypes.c_size_t),
+        *((f"unused_{i}", ctypes.c_size_t) for i in range(7, 9)),
+    ]
+
+
+def _allocated() -> int:
+    """Bytes that this process has from malloc."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Allocated
+    return int(mallinfo().uordblks)
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[tuple[SpinCondition, SpinCondition]]:
+    """Writer and reader."""
+    context = zmq.Context()
+    address = f"ipc://{tmp_path}/queue"
+    ends = SpinCondition(False, context, address), SpinCondition(True, context, address)
+    yield ends
+    context.destroy(linger=0)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc tells what it gave")
+def test_a_busy_reader_keeps_nothing(
+    queue: tuple[SpinCondition, SpinCondition], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = queue
+    reads = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(reads) / 1000)  # a thousand a second
+
+    def busy() -> int:
+        before = _allocated()
+        for _ in range(NOTICES):
+            writer.notify()
+            time.sleep(5e-5)
+            reader.record_read()
+        return _allocated() - before
+
+    busy()
+    assert busy() < 2 * NOTICES  # and else 40 bytes for each that gets through
+    monkeypatch.undo()
+    reader.last_read = float("-inf")  # idle: it polls, and is woken by the last one
+    began = time.monotonic()
+    reader.wait(timeout_ms=10_000)
+    assert time.monotonic() - began < 5

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import zmq
 from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils import cpu_triton_utils
@@ -47,6 +49,7 @@ def apply() -> None:
         _tree_grammar,
         _sampling_parameters,
         _orphans,
+        _busy_queues,
     )
     for patch in patches:
         patch()
@@ -269,3 +272,19 @@ def _orphans() -> None:
         return run_busy_loop
 
     _replace(EngineCoreProc, "run_busy_loop", make)
+
+
+def _busy_queues() -> None:
+    """patches/0009: a queue that is never idle keeps a note of every message."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def record_read(self: SpinCondition) -> None:
+            before = int(self.last_read)
+            original(self)
+            if int(self.last_read) != before:  # once a second
+                self.local_notify_socket.getsockopt(zmq.EVENTS)
+
+        return record_read
+
+    _replace(SpinCondition, "record_read", make)

@@ -73,6 +73,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.tracing:instrument_manual": ("span_name", "start_time", "end_time", "attributes"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("block_ids",),
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": (),
+    "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.record_read": (),
     "vllm.v1.structured_output:StructuredOutputManager.validate_tokens": (
         "request",
         "spec_tokens",

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Answers with a compiled target, over two tensor-parallel ranks, and in bf16, where a target may
-also be quantized."""
+"""Answers with a compiled target, and in bf16, where a target may also be quantized."""
 
 from pathlib import Path
 
 import pytest
 from vllm import LLM, SamplingParams
 
-from tests.engine import two_ranks
 from tests.engine.helpers import (
     MODEL,
     ROUGH,
@@ -47,17 +45,6 @@ def test_compiled_target(engines: Engines, tmp_path: Path, monkeypatch: pytest.M
         assert answers == reference, start
         assert engines_passes > 5
         assert_trees_were_tried(counts, 50)
-
-
-def test_two_ranks(tmp_path: Path) -> None:
-    """Against two ranks without speculation: another split of the sums is another rounding."""
-    ways = two_ranks.run("mp", tmp_path, ["drafting", "hierarchy"], seconds=800)
-    for name in ("drafting", "hierarchy"):
-        two_ranks.assert_same_answers(ways[name], ways["plain"])
-        two_ranks.assert_ranks_drafted_alike(ways[name])
-    assert_trees_were_tried(ways["drafting"].counts, 20)
-    assert ways["hierarchy"].counts.accepted > 50
-    assert {f.name.split(".")[-2] for f in tmp_path.glob("*.store")} == {"rank0of2", "rank1of2"}
 
 
 @pytest.mark.parametrize("target", ["streamed", "W4A16"])
