@@ -36,7 +36,11 @@ def main() -> int:
     given, further = parser.parse_known_args()
     cuda = torch.cuda.is_available()
     total = torch.cuda.get_device_properties(0).total_memory if cuda else host_memory().total
-    engine = {"gpu_memory_utilization": given.device_memory / total, "max_model_len": 2048}
+    engine = {
+        "gpu_memory_utilization": given.device_memory / total,
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 256 << 20,
+    }
     options = {"store_dir": str(BUILD / "stores"), "weight_source": "auto" if cuda else "disk"}
     model = checkpoint_like(given.like)
     return vllm_subspec(
