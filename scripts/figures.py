@@ -66,6 +66,32 @@ def streamed(results: dict[str, Any]) -> str:
     return table([*settings, "no speculation, tokens/s", *ways, *last], rows)
 
 
+def budget(results: dict[str, Any]) -> str:
+    """A model of a published shape in the memory of a small device (budget-*.json)."""
+    (engine,), (cell,), gib = results["engines"], results["cells"], 2**30
+    plan = engine["plan"]
+    rows = [
+        [
+            "no speculation" if name == "off" else f"`{name}`",
+            f"{speed(way):.2f}",
+            "" if name == "off" else f"{way['speedup']:.1f}",
+            "" if name == "off" else f"{way['tau']:.1f}",
+            "" if name == "off" else f"{way['serial_bound']:.2f} / {way['overlapped_bound']:.2f}",
+        ]
+        for name, way in cell["ways"].items()
+    ]
+    head = ["way", "tokens/s", "times no speculation", "tokens per round", "bounds, tokens/s"]
+    streamed, layers = len(plan["streamed"]), len(plan["streamed"] + plan["resident"])
+    link, store = engine["link_bytes_per_second"], plan["store_bytes"]
+    return f"""\
+{table(head, rows)}
+
+{streamed} of {layers} layers are streamed, {store / gib:.1f} GiB a pass at {link / 1e9:.2f} GB/s; \
+with more layers in place of the
+substitutes, no speculation could reach {link / (store - plan["substitute_bytes"]):.2f} tokens/s. \
+Planned memory {plan["total"] / gib:.2f} GiB, peak {engine["peak_bytes"] / gib:.2f} GiB."""
+
+
 def hierarchies(results: dict[str, Any]) -> str:
     ways = results["ways"]
     rows = [
@@ -149,10 +175,15 @@ def command(results: dict[str, Any]) -> str:
     return f"    {results['environment']['command']}"
 
 
+def units(results: dict[str, Any]) -> str:
+    """Whether the CPU of a run multiplies bfloat16 by itself."""
+    return f"with{'' if 'amx_bf16' in results['environment']['cpu_flags'] else 'out'} AMX"
+
+
 def render() -> str:
     """The section, marks included."""
     ways, hierarchy, others = load("streamed"), load("hierarchy"), load("peers")
-    loaded, starts = load("goodput"), load("start")
+    loaded, starts, shape = load("goodput"), load("start"), load("budget-qwen2.5-7b")
     ttft, tpot = (loaded["targets_ms"][name] / 1000 for name in ("ttft", "tpot"))
     told, gib = ways["scenario"], 2**30
     return f"""\
@@ -167,6 +198,14 @@ per round, and these over streaming plus drafting time / over the longer of the 
 
 ![Tokens per second of each way](benchmarks/results/streamed.svg)
 ![Tokens per second by depth](benchmarks/results/streamed-depth.svg)
+
+**The shape of Qwen2.5-7B in 8 GiB** (the bundled model as wide and as deep, in bfloat16; the first
+layers streamed from disk; greedy, one request, {shape["scenario"]["requests"]} prompts x \
+{shape["scenario"]["tokens"]} tokens; on {shape["environment"]["cores"]} cores {units(shape)}):
+
+{command(shape)}
+
+{budget(shape)}
 
 **Other ways to run a model larger than memory** ({others["model_bytes"] / gib:.1f} GiB model, \
 {others["memory_limit_bytes"] / gib:.1f} GiB of memory for each, page

@@ -39,7 +39,7 @@ def test_ways_take_turns(
     out, timed = tmp_path / "bench.json", tmp_path / "trace.json"
     options = OPTIONS | {"store_dir": str(stores)}
     arguments = [
-        *("--prompts", "python", "--requests", "2", "--tokens", "32", "--plain-tokens", "8"),
+        *("--prompts", "python", "--requests", "2", "--tokens", "24", "--plain-tokens", "4"),
         *("--batch", "1", "2", "--ways", "off", "tree", "union"),
         *("--speculative-config", json.dumps(options), "--engine", json.dumps(ENGINE)),
         *("--out", str(out), "--trace", str(timed)),
@@ -53,7 +53,7 @@ def test_ways_take_turns(
     ]
     for cell in result["cells"]:
         for name, way in cell["ways"].items():
-            wanted = 8 if name == "off" else 32
+            wanted = 4 if name == "off" else 24
             assert [len(request["tokens"]) for request in way["requests"]] == [wanted] * 2
             totals = way["log"]["totals"]
             assert (totals["rounds"] > 0) == (name != "off")
