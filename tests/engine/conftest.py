@@ -24,6 +24,8 @@ import pytest
 
 from tests.engine.helpers import Engines
 
+FIRST = ("test_two_ranks.py", "test_ray.py")
+"""Files of few and long tests: at the end one would run with nothing left to run beside it."""
 LONGEST_SECONDS = 900
 """No test takes as long, its fixtures included, unless the engine hangs."""
 
@@ -57,3 +59,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.engine)
+    items.sort(key=lambda item: item.path.name not in FIRST)

@@ -38,7 +38,7 @@ def sampled(seed: int, **settings: Any) -> SamplingParams:
 SAMPLED = {
     "some": [sampled(i, logprobs=(0, 2, 5, None)[i % 4]) for i in range(12)],
     # Few tokens: each brings the whole vocabulary along.
-    "all": [sampled(i, logprobs=-1, max_tokens=10, min_tokens=10) for i in range(12)],
+    "all": [sampled(i, logprobs=-1, max_tokens=5, min_tokens=5) for i in range(12)],
     "wanted": [sampled(i, logprob_token_ids=WANTED[: 1 + i % 3]) for i in range(12)],
     "penalties": [sampled(i, logprobs=3, repetition_penalty=1.3, top_k=30) for i in range(12)],
 }
