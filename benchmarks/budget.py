@@ -30,7 +30,8 @@ SCENARIO = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     parser.add_argument("--like", type=Path, default=ROOT / "tests/unit/configs/qwen2.5-7b")
     parser.add_argument("--device-memory", type=parse_bytes, default=parse_bytes("8GiB"))
     given, further = parser.parse_known_args()
@@ -42,7 +43,11 @@ def main() -> int:
         "kv_cache_memory_bytes": 256 << 20,
     }
     options = {"store_dir": str(BUILD / "stores"), "weight_source": "auto" if cuda else "disk"}
-    model = checkpoint_like(given.like)
+    try:
+        model = checkpoint_like(given.like)
+    except (OSError, ValueError) as error:
+        print(f"budget: {error}", file=sys.stderr)
+        return 2
     return vllm_subspec(
         [
             *("bench", str(model), *SCENARIO),
