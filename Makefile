@@ -34,7 +34,7 @@ manifests: setup  ## Dockerfiles and Kubernetes manifests, without a cluster
 	@.venv/bin/hadolint deploy/docker/Dockerfile.*
 	@$(VENV_PYTHON) -m scripts.manifests
 
-soak: setup  ## 10,000 random requests with trees against none, in bounded time
+soak: setup  ## up to 10,000 random requests with trees against none, in 12 minutes
 	@$(FAST) $(VENV_PYTHON) -m tests.soak $(ARGS)
 
 demo: setup  ## stream a model from disk with and without SubSpec, side by side

@@ -9,8 +9,8 @@ answers are streamed, and some of these clients go away in mid-stream. The reque
 the first while there is time. Every few waves the server is left alone: then it must have nothing
 to do and all its KV pages, and its processes are looked at. It is ended as a service manager does.
 
-Begin with ``eval "$(python scripts/cpu_env.py)"``, as a server does. Without the allocator that it
-names vLLM grows by 1.7 MB a minute, with speculation or not.
+Begin with ``eval "$(.venv/bin/python scripts/cpu_env.py)"``, as a server does. Without the
+allocator that it names vLLM grows by 1.7 MB a minute, with speculation or not.
 """
 
 import dataclasses

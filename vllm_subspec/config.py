@@ -248,7 +248,7 @@ class SubspecOptions(DraftingOptions):
     METHOD = "subspec"
     SEQUENCE = 24
 
-    # Measured (benchmarks/hierarchy.py): faster than trees that the substitute grows alone.
+    # Measured (benchmarks/streamed.py): faster than trees that the substitute grows alone.
     drafter: DrafterOptions | None = Field(
         DrafterOptions.model_validate(
             {"method": "ngram", "depth": 10, "branching": 1, "nodes": 10}

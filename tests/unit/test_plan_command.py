@@ -145,7 +145,7 @@ def test_refusals(capsys: pytest.CaptureFixture[str], arguments: list[str], says
 def test_the_nearest_setting_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, SMALL, *MACHINE, "--bits", "8").endswith("--bits 4 fits")
     long = ["--max-model-len", "32768", "--batch", "8", "--bits", "2"]
-    assert refused(capsys, SMALL, *MACHINE, *long).endswith("--max-model-len 4096 fits")
+    assert refused(capsys, SMALL, *MACHINE, *long).endswith("--max-model-len 1024 fits")
 
 
 def test_quantities() -> None:

@@ -35,7 +35,7 @@ from vllm_subspec.weights.model_shape import read_shape
 _ACCEPTANCE = 0.975
 _ITEMSIZE = 2  # bytes: vLLM serves float32 checkpoints in 16 bits, too
 _GROUP = 64  # columns, below 8 bits
-_RESERVED = SubspecOptions.model_fields["num_speculative_tokens"].default  # tokens
+_RESERVED = SubspecOptions.parse({}).lookahead  # slots behind each request
 _BLOCK = 128  # tokens: of the CPU, the largest of the defaults
 _BAR = 60  # characters
 # Options that a component depends on.
@@ -231,10 +231,10 @@ def _plans(
         def substitute(linear: Linear) -> int:
             # The engine's own groups; a 16-bit scale and zero point for each.
             groups = linear.size // _GROUP if bits < 8 else linear.rows * linear.count
-            return linear.size * bits // 8 + 4 * groups
+            return linear.size * (8 if bits > 4 else 4) // 8 + 4 * groups  # no kernel packs closer
 
         sizes = shape.sizes(_ITEMSIZE, args.tensor_parallel_size, substitute, WORKSPACE)
-        # Slots that are reserved behind each request, and a block that vLLM never gives out.
+        # And a block that vLLM never gives out.
         budget = Budget(memory, args.batch * (context + _RESERVED) + _BLOCK)
         alone = replace(sizes, substitutes=[0] * len(sizes.layers))
         return plan_memory(sizes, budget), plan_memory(alone, budget)
@@ -242,9 +242,9 @@ def _plans(
     try:
         return planned(args.bits, context)
     except ValueError as error:
-        # The nearest setting that fits: lower bits first, then shorter texts.
+        # The nearest setting that fits: fewer bits first, then shorter texts.
         halves = (context >> n for n in range(1, context.bit_length()))
-        nearest = [(f"--bits {bits}", bits, context) for bits in (4, 3, 2) if bits < args.bits]
+        nearest = [("--bits 4", 4, context)] if args.bits > 4 else []
         nearest += [(f"--max-model-len {half}", args.bits, half) for half in halves if half >= 256]
         for setting, bits, shorter in nearest:
             with suppress(ValueError):
