@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Random requests, with token trees and without speculation: not one token may differ.
+"""Random requests, with token trees and without speculation: the tokens are the same.
 
     python -m tests.soak [--requests 10000] [--minutes 12] [--seed 0] [--repeat] [--http]
 
@@ -9,7 +9,8 @@ function of the prompt too), all the sampling parameters, structured output, sto
 batches, few KV blocks (preemption), a token budget that cuts trees, aborts at random moments; from
 round to round another branching, depth and pruning. float32. An aborted request must have emitted
 a prefix of its answer. Four times as many requests are sent as the engine runs at once. Ends with
-status 1 at the first difference, or if pages, memory, files or threads were gathered meanwhile.
+status 1 if an answer differs by more than a near tie of float32, which vLLM without speculation
+has with itself (`tests.ties`), or if pages, memory, files or threads were gathered meanwhile.
 
 With --http they go to `vllm serve` in processes of its own: see `tests.soak_http`.
 """
@@ -25,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests import ties
 from tests.leaks import Leaks
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "pystd-1m"
@@ -123,15 +125,27 @@ def parameters(rng: random.Random, number: int, tokenizer: Any) -> dict[str, Any
 
 Got = tuple[tuple[int, ...], bool]
 """A request's tokens, and whether it ended by itself."""
+REQUESTS_PER_TIE = 2_000
+"""Of answers of a dozen tokens: near ties are no rarer where the same requests are repeated."""
 Pairs = list[tuple[list[Asked], list[Got]]]
 """Waves, and what an engine without speculation answers them."""
+
+
+class Apart(NamedTuple):
+    """Two answers that contradict each other."""
+
+    request: Asked
+    plain: Got
+    drafted: Got
+    way: str
+    """Of drafting."""
 
 
 class Engine:
     """An engine that answers requests, some of which are aborted."""
 
-    def __init__(self, speculative: dict[str, Any] | None) -> None:
-        self.llm = LLM(**ENGINE, speculative_config=speculative)
+    def __init__(self, speculative: dict[str, Any] | None, **settings: Any) -> None:
+        self.llm = LLM(**ENGINE, **settings, speculative_config=speculative)
 
     def answer(self, asked: Sequence[Asked]) -> list[Got]:
         engine = self.llm.llm_engine
@@ -193,6 +207,8 @@ class Soak:
         self.compared = self.emitted = 0
         self.tau = 0.0
         self.leaks = Leaks()
+        self.apart: list[Apart] = []
+        self.near_ties = 0
 
     def run(self) -> str | None:
         """What is wrong; None if nothing is."""
@@ -200,7 +216,7 @@ class Soak:
         pairs = self._plain(ends)
         with tempfile.TemporaryDirectory() as folder:
             wrong = self._drafted(pairs, ends, Path(folder))
-        return wrong or "; ".join(self.leaks.found()) or None
+        return self._different() or wrong or "; ".join(self.leaks.found()) or None
 
     def _made(self, tokenizer: Any) -> list[Asked]:
         return requests(self.requests, self.seed, tokenizer)
@@ -244,17 +260,30 @@ class Soak:
             }
             engine.llm.collective_rpc("set_drafting", kwargs=way)
             for request, a, b in zip(wave, expected, engine.answer(wave), strict=True):
-                if self.differs(a, b):
-                    return f"DIFFERENT with {way}: {request}\n{a}\n{b}"
+                self.compare(request, a, b, str(way))
             if kept := engine.kept():
                 return f"an idle engine keeps {kept}"
             self.leaks.sample()
         return None
 
-    def differs(self, plain: Got, drafted: Got) -> bool:
+    def compare(self, request: Asked, plain: Got, drafted: Got, way: str = "") -> None:
         self.compared += 1
         self.emitted += len(drafted[0])
-        return differs(plain, drafted)
+        if differs(plain, drafted):
+            self.apart.append(Apart(request, plain, drafted, way))
+
+    def _different(self) -> str | None:
+        """Of the answers that differ, one that is no near tie, or that there are too many."""
+        if not self.apart:
+            return None
+        engine = Engine(None, **ties.SETTINGS)
+        for request, plain, drafted, way in self.apart:
+            gap = ties.gap(engine.llm, request.prompt, request.params, plain[0], drafted[0])
+            if gap > ties.NEAR:
+                return f"DIFFERENT by {gap} with {way}: {request}\n{plain}\n{drafted}"
+        self.near_ties = len(self.apart)
+        allowed = 1 + self.compared // REQUESTS_PER_TIE
+        return f"{self.near_ties} near ties" if self.near_ties > allowed else None
 
 
 def main() -> int:
@@ -279,7 +308,8 @@ def main() -> int:
     if wrong:
         print(wrong, file=sys.stderr)
         return 1
-    print("no difference, nothing gathered")
+    ties_found = f"but for {soak.near_ties} near ties" if soak.near_ties else "at all"
+    print(f"no difference {ties_found}, nothing gathered")
     if soak.compared < soak.requests:
         print(f"the time of {soak.minutes:g} minutes ended before all {soak.requests} requests")
     return 0
