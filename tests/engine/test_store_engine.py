@@ -292,6 +292,16 @@ def test_a_second_start_that_reads_everything_says_so(
     assert generate(llm, PROMPTS, PARAMS) == expected
 
 
+def test_other_weights_need_a_restart(
+    engines: Engines, expected: list[Answer], tmp_path: Path
+) -> None:
+    llm = start(engines, tmp_path)
+    for call in ("reload_weights", "update_weights"):
+        with pytest.raises(NotImplementedError, match="restart to serve others"):
+            llm.collective_rpc(call, args=({},))
+    assert generate(llm, PROMPTS, PARAMS) == expected
+
+
 @pytest.fixture
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host memory looks large enough, but only two blocks can be had."""

@@ -54,17 +54,17 @@ def disk_source(folder: Path, content: list[torch.Tensor]) -> BlockSource:
 def test_slots_hold_whole_blocks_while_the_compute_stream_lags(tier: str, tmp_path: Path) -> None:
     """The compute stream is kept busy, so a copy that did not wait would overwrite a slot in use
     and one that was not waited for would be read half-written."""
-    from vllm_subspec.engine.loading import _pinned
+    from vllm_subspec.weights.page_lock import page_lock
 
     content = blocks()
     device = torch.device("cuda")
     staging: list[torch.Tensor] = []
     source: BlockSource
     if tier == "host":
-        source = HostSource([_pinned(block) for block in content])
+        source = HostSource([page_lock(block) for block in content])
     else:
         source = disk_source(tmp_path, content)
-        staging = [_pinned(aligned_buffer(NBYTES)) for _ in range(2)]
+        staging = [page_lock(aligned_buffer(NBYTES)) for _ in range(2)]
     slots = [torch.empty(NBYTES, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
     ring = Ring(CudaTransfer(source, slots, [NBYTES] * BLOCKS, staging), [NBYTES] * BLOCKS, SLOTS)
     expected = [block.to(device) for block in content]

@@ -88,6 +88,21 @@ def test_full_passes_read_each_block_once() -> None:
     assert ring.stats.bytes_streamed == 4 * 7 * NBYTES
 
 
+def test_nothing_is_read_in_the_background_of_a_quiet_time() -> None:
+    ring, buffers = make_ring(6, 3, source := SlowSource())
+    with ring.transfer.quiet():
+        for block in range(6):
+            begun = len(source.reads)
+            assert all(ring.transfer.ready(slot) for slot in range(3))
+            ring.wait(block)
+            time.sleep(0.003)
+            assert len(source.reads) == begun
+            assert (buffers[block % 3] == block).all()
+            ring.release(block)
+    assert all(run_pass(ring, buffers, 6))
+    ring.close()
+
+
 def test_the_head_start_loads_between_passes() -> None:
     ring, buffers = make_ring(6, 3, SlowSource())
     run_pass(ring, buffers, 6)

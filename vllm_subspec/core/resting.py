@@ -57,7 +57,8 @@ class Resting:
         if costs.rounds < self._explored:
             return True
         drafting, plain = costs.rate(rows), costs.plain_rate(rows)
-        if plain <= _WORTH_RESTING * drafting or costs.rounds < _SETTLED:
+        # A rate of 0: the fitted costs say that drafting takes no time.
+        if drafting == 0 or plain <= _WORTH_RESTING * drafting or costs.rounds < _SETTLED:
             self._rest, self._rest_left, self._trial_left = _REST, 0.0, 0
             close = plain > _WORTH_TRYING * drafting or not costs.plain.observed
             return not (close and self._looks())

@@ -249,8 +249,8 @@ def _attend(  # type: ignore[no-untyped-def]
     if WIDEN:
         q = q.to(tl.float32)
 
-    keys += kv_head * key_head
-    values += kv_head * value_head
+    keys += kv_head.to(tl.int64) * key_head
+    values += kv_head.to(tl.int64) * value_head
     table += row.to(tl.int64) * table_row
     best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)

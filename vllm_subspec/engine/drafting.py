@@ -8,6 +8,7 @@ hierspec                   Hierarchy(intermediate, drafter)
 hierspec, no intermediate  the drafter's trees go to the target
 """
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -57,13 +58,18 @@ class Models:
         self._options = options
         self._build_substitute = build_substitute
         self.target_layers: frozenset[str]
-        self.max_length: int = runner.max_model_len
-        """Tokens of a text that all models can read; beyond, nothing is drafted."""
+        self._readable = sys.maxsize  # tokens, by the models that draft
         self._intermediate: tuple[PagedModel, Coverage] | None = None
         self._inner: TreeModel | HeadModel | None = None
         self._tap: Tap | None = None
         self._taps_target = False
         self._coverages: list[OwnCoverage] = []
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text that all models can read; beyond, nothing is drafted. (vLLM may lower
+        the target's when it knows the memory for K/V.)"""
+        return min(self._readable, self._runner.max_model_len)
 
     def load(self, target: nn.Module) -> None:
         """Load what drafts, once the target is loaded."""
@@ -73,7 +79,7 @@ class Models:
         base, base_config = target, config.model_config
         if isinstance(options, HierspecOptions) and options.intermediate is not None:
             base_config = self._config(options.intermediate, "draft_model").draft_model_config
-            self.max_length = min(self.max_length, base_config.max_model_len)
+            self._readable = min(self._readable, base_config.max_model_len)
             base, layers = draft_models.load(config, base_config, "intermediate")
             self._intermediate = PagedModel(runner, base, layers), self._tracked(OwnCoverage())
         if options.drafter is not None and options.drafter.model is not None:
@@ -178,7 +184,7 @@ class Models:
         runner = self._runner
         assert options.model is not None
         own = self._config(options.model, options.method, base_config)
-        self.max_length = min(self.max_length, own.draft_model_config.max_model_len)
+        self._readable = min(self._readable, own.draft_model_config.max_model_len)
         if options.method == "draft_model":
             module, layers = draft_models.load(
                 runner.vllm_config, own.draft_model_config, "drafter"

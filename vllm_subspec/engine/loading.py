@@ -34,6 +34,7 @@ from vllm_subspec.engine.fingerprint import fingerprint, store_name, substitutes
 from vllm_subspec.engine.residency import plan_residency
 from vllm_subspec.engine.unread import holds, unread
 from vllm_subspec.weights.host_memory import host_memory
+from vllm_subspec.weights.page_lock import page_lock, page_unlock
 from vllm_subspec.weights.ring import (
     BlockSource,
     CudaTransfer,
@@ -198,8 +199,9 @@ class Loading:
         wanted = self._options.weight_source
         if wanted != "auto":
             return wanted
+        ranks = self._config.parallel_config.tensor_parallel_size  # all of this machine
         available = host_memory().available
-        return choose_tier(self.plan.store_bytes, available, self._device.type == "cpu")
+        return choose_tier(ranks * self.plan.store_bytes, available, self._device.type == "cpu")
 
     def _absorb(self, layer: StreamedLayer) -> None:
         self._substitute(layer.loaded())
@@ -227,7 +229,7 @@ class Loading:
             if self._writer is not None:
                 layout = self.offloader.streamed[index].layout
                 self._writer.write_block(index, layout.views(block))
-            _unpin(block)
+            page_unlock(block)
         self._host_blocks.clear()
 
     def _substitute_resident(self, module: nn.Module) -> None:
@@ -274,7 +276,7 @@ class Loading:
         transfer: Transfer
         if self._device.type == "cuda":
             pinned = isinstance(source, HostSource)
-            staging = [] if pinned else [_pinned(aligned_buffer(max(sizes))) for _ in range(2)]
+            staging = [] if pinned else [page_lock(aligned_buffer(max(sizes))) for _ in range(2)]
             transfer = CudaTransfer(source, slots, sizes, staging, patience)
         else:
             transfer = ThreadTransfer(source, slots, sizes, patience)
@@ -339,23 +341,4 @@ def _slot(nbytes: int, device: torch.device) -> torch.Tensor:
 
 def _host_block(layout: BlockLayout, device: torch.device) -> torch.Tensor:
     block = aligned_buffer(layout.nbytes)
-    return _pinned(block) if device.type == "cuda" else block
-
-
-def _pinned(buffer: torch.Tensor) -> torch.Tensor:
-    """Page-lock ``buffer`` where it lies: torch's own pinned memory rounds up to powers of two."""
-    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-    if int(status) != 0:
-        # The runtime keeps the error for whoever asks next, which is the next launch of a kernel.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda")
-        raise MemoryError(
-            f"cannot page-lock {buffer.numel()} bytes of host memory (CUDA error {int(status)}): "
-            "free host memory, raise the memory limit"
-        )
-    return buffer
-
-
-def _unpin(buffer: torch.Tensor) -> None:
-    if buffer.is_pinned():
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+    return page_lock(block) if device.type == "cuda" else block

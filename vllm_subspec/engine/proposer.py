@@ -42,7 +42,6 @@ class DraftProposer:
         self.enabled = True
         self.log = RoundLog(options.limit)
         self._traced = vllm_config.observability_config.otlp_traces_endpoint is not None
-        self._max_model_len = vllm_config.model_config.max_model_len
         self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
         self._pass_began: float | None = None
         self._pass_ended = 0.0
@@ -157,7 +156,7 @@ class DraftProposer:
         params = request.sampling_params
         # The scheduler fills a sequence up to max_model_len - 1 computed tokens, and a round emits
         # at most one token more than the draft is deep.
-        limit = min(options.limit, self._max_model_len - 2 - position)
+        limit = min(options.limit, self._runner.max_model_len - 2 - position)
         depth = min(self.drafter.max_depth, limit)
         if params.max_tokens is not None:
             depth = min(depth, params.max_tokens - len(request.output_token_ids) - 1)

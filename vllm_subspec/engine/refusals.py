@@ -113,6 +113,10 @@ def _streaming_reasons(
         "Transformers: use another model, and remove --model-impl if it is given",
     )
     yield (
+        model.enable_sleep_mode,
+        "loads weights ahead, which would not survive a sleep: remove --enable-sleep-mode",
+    )
+    yield (
         parallel.enable_expert_parallel,
         "streams a share of every expert to every rank: remove --enable-expert-parallel",
     )

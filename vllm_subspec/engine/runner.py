@@ -51,6 +51,9 @@ class TreeRunner(GPUModelRunner):
             if generator is None:
                 seed = torch.randint(0, 2**62, (), generator=self._unseeded).item()
                 generator = torch.Generator().manual_seed(int(seed))
+            elif generator.device.type != "cpu":
+                # Numbers drawn on a GPU depend on how many are drawn at once.
+                generator = torch.Generator().manual_seed(generator.initial_seed())
             self._seeds[request_id] = SeedStream(generator)
         return self._seeds[request_id]
 

@@ -90,8 +90,25 @@ class SubspecWorker(StreamingControl, DraftingWorker):
         # While loading, pages of the checkpoint's files count, which the kernel can take back.
         forget_peak()
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            'method "subspec" streams the weights that it was started with: restart to serve others'
+        )
+
+    update_weights = reload_weights
+
+    def determine_available_memory(self) -> Any:
+        with self._quiet_ring():
+            return super().determine_available_memory()
+
+    def _quiet_ring(self) -> contextlib.AbstractContextManager[None]:
+        """While CUDA graphs are captured no other thread may wait for an event."""
+        ring = self.loading.ring
+        return contextlib.nullcontext() if ring is None else ring.transfer.quiet()
+
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
+        with self._quiet_ring():
+            times = super().compile_or_warm_up_model()
         if failure := self._pass_failure():
             raise RuntimeError(f'method "subspec" cannot read its streamed weights: {failure}')
         return times

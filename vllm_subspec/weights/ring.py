@@ -12,16 +12,19 @@ the draft runs, the first ``slots`` blocks of the next verification load (the he
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from vllm_subspec.weights.page_lock import page_unlock
 from vllm_subspec.weights.store import StoreReadError
 
 PATIENCE = 150.0
@@ -50,6 +53,8 @@ class HostSource:
         out.copy_(self._blocks[index])
 
     def close(self) -> None:
+        for block in self._blocks:
+            page_unlock(block)
         self._blocks.clear()
 
 
@@ -90,6 +95,9 @@ class Transfer(Protocol):
     def ready(self, slot: int) -> bool: ...
 
     def release(self, slot: int) -> None: ...
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Meanwhile a read has ended when its `start` returns: no other thread does anything."""
 
     def close(self) -> None: ...
 
@@ -212,9 +220,12 @@ class BackgroundReads:
 
     Args:
         patience: seconds after which a read that is waited for is given up.
+        prepare: called in the thread before anything else.
     """
 
-    def __init__(self, slots: int, patience: float) -> None:
+    def __init__(
+        self, slots: int, patience: float, prepare: Callable[[], None] | None = None
+    ) -> None:
         self.cancel = threading.Event()
         self.intervals: deque[Interval] = deque(maxlen=_KEPT)
         """The newest reads; the thread appends to it."""
@@ -223,11 +234,28 @@ class BackgroundReads:
         self._patience = patience
         self._stalled = False
         self._pending: list[Future[None] | None] = [None] * slots
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="subspec-ring")
+        self._thread = ThreadPoolExecutor(1, "subspec-ring", prepare)
+        self._at_once = False
 
     def start(self, slot: int, block: int, read: Callable[..., None], *args: Any) -> None:
         """Reads ``block`` by ``read(*args)``."""
         self._pending[slot] = self._thread.submit(self._timed, block, read, *args)
+        if self._at_once:
+            self._end_all()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """See `Transfer.quiet`."""
+        self._end_all()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _end_all(self) -> None:
+        """Whoever waits for a read hears if it failed or has not ended."""
+        wait([pending for pending in self._pending if pending is not None], self._patience)
 
     def _timed(self, block: int, read: Callable[..., None], *args: Any) -> None:
         began = time.perf_counter()
@@ -308,6 +336,9 @@ class ThreadTransfer:
     def release(self, slot: int) -> None:
         """Nothing to fence: on the host the compute that read the slot has returned."""
 
+    def quiet(self) -> AbstractContextManager[None]:
+        return self._reads.quiet()
+
     def close(self) -> None:
         if self._reads.close():
             self._source.close()
@@ -333,7 +364,10 @@ class CudaTransfer:
         self._source = source
         self._slots = list(slots)
         self._block_nbytes = list(block_nbytes)
-        self._stream = torch.cuda.Stream(device=self._slots[0].device)
+        device = self._slots[0].device
+        self._stream = torch.cuda.Stream(device=device)
+        # What the slots' memory was used for before may not have been computed yet.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._arrived = [torch.cuda.Event() for _ in self._slots]
         self._used = [torch.cuda.Event() for _ in self._slots]
         self._staging = list(staging)
@@ -341,7 +375,9 @@ class CudaTransfer:
         self._issued = 0
         self._reads: BackgroundReads | None = None
         if not isinstance(source, HostSource):
-            self._reads = BackgroundReads(len(self._slots), patience)
+            # A new thread's device is the first of the machine.
+            prepare = functools.partial(torch.cuda.set_device, device)
+            self._reads = BackgroundReads(len(self._slots), patience, prepare)
 
     @property
     def loads(self) -> list[Interval]:
@@ -384,7 +420,12 @@ class CudaTransfer:
     def release(self, slot: int) -> None:
         self._used[slot].record(torch.cuda.current_stream())
 
+    def quiet(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._reads is None else self._reads.quiet()
+
     def close(self) -> None:
         if self._reads is None or self._reads.close():
             self._stream.synchronize()
+            for buffer in self._staging:
+                page_unlock(buffer)
             self._source.close()
