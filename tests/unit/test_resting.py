@@ -79,10 +79,9 @@ def test_what_prunes_nothing_never_rests() -> None:
 def test_drafting_that_seems_to_take_no_time_pays() -> None:
     """Costs that were learnt from large batches alone may come out as nothing for a single row."""
     controller = DepthController(3)
-    for rows in (40, 60):
-        for _ in range(10):
-            controller.begin_round(rows)
-            controller.observe_round(even_round(rows, 1, 2, 2, rows - 35.0, rows - 35.0))
-        controller.observe_plain(1, 1.0, True)
+    for rows in [40, 60] * 60:
+        controller.begin_round(rows)
+        controller.observe_round(even_round(rows, 1, 2, 2, rows - 35.0, rows - 35.0))
+    controller.observe_plain(1, 1.0, True)
     assert controller.costs.rate(1) == 0
     assert [controller.pays(1) for _ in range(9)].count(True) > 6
