@@ -103,7 +103,9 @@ def component(
     ranks = arguments.get("tensor_parallel_size", 1)
     pod = size_pod(target, plan, ranks, source)
     arguments = dict(arguments)
-    if target != "cpu":
+    if target == "cpu":  # of the pod's memory: its ranks' plans, and a little to be off by
+        arguments["gpu_memory_utilization"] = round((ranks * plan.total + GIB) / pod.memory, 4)
+    else:
         arguments["gpu_memory_utilization"] = _DEVICE_SHARE
     if target == "ray":
         patches = [_ray_service(pod, model, arguments)]

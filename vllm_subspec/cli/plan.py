@@ -19,11 +19,14 @@ from vllm_subspec.cli.quantities import in_gib, parse_bytes, parse_rate
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.forecast import Drafted, Forecast, Machine, expected_tokens, forecast
 from vllm_subspec.core.plan import (
+    GATHERED,
     GIB,
+    PROCESS,
     WORKSPACE,
     Budget,
     MemoryPlan,
     choose_tier,
+    largest_pass,
     plan_memory,
 )
 from vllm_subspec.core.shapes import Linear, ModelShape
@@ -38,6 +41,8 @@ _GROUP = 64  # columns, below 8 bits
 _RESERVED = SubspecOptions.parse({}).lookahead  # slots behind each request
 _BLOCK = 128  # tokens: of the CPU, the largest of the defaults
 _BAR = 60  # characters
+# Of `vllm serve` on a CPU, for each rank, unless told otherwise.
+_CPU_TOKENS, _CPU_REQUESTS = 2048, 128
 # Options that a component depends on.
 _DECISIVE = (
     *("model_name", "device_memory", "host_memory", "bits", "tensor_parallel_size"),
@@ -171,14 +176,16 @@ def lay_out(args: argparse.Namespace) -> Layout:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{args.model} is already quantized: plan the full-precision model")
     memory = given_memory or _device_memory()
-    plan, plain = _plans(shape, args, context, memory)
+    # Without a GPU here and without a size the device is this machine's own memory.
+    here = given_memory is None and not torch.cuda.is_available()
+    device_is_host = args.k8s == "cpu" if args.k8s else here
+    workspace = WORKSPACE
+    if device_is_host:
+        workspace = _cpu_workspace(config, args.tensor_parallel_size)
+    plan, plain = _plans(shape, args, context, memory, workspace)
     stored = plan.store_bytes * args.tensor_parallel_size
-    if args.k8s:  # a pod asks for the host memory that it needs
-        device_is_host, host = args.k8s == "cpu", given_host or 2 * stored
-    else:
-        # Without a GPU here and without a size the device is this machine's own memory.
-        device_is_host = given_memory is None and not torch.cuda.is_available()
-        host = given_host or host_memory().available
+    # A pod asks for the host memory that it needs.
+    host = given_host or (2 * stored if args.k8s else host_memory().available)
     source = choose_tier(stored, host, device_is_host)
     arguments = _arguments(args, context, source, plan)
     return Layout(shape, plan, plain, source, device_is_host, arguments)
@@ -222,8 +229,22 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--acceptance is {args.acceptance}; allowed: between 0 and 1")
 
 
+def _cpu_workspace(config: Any, ranks: int) -> int:
+    """What the engine counts there (`engine.residency`), with `vllm serve`'s own batches."""
+    tokens, hidden = ranks * _CPU_TOKENS, config.hidden_size
+    batch = largest_pass(
+        tokens,
+        ranks * _CPU_REQUESTS * (1 + SubspecOptions.parse({}).num_speculative_tokens),
+        hidden=hidden,
+        widest=max(getattr(config, "intermediate_size", 0) or 0, hidden),
+        vocabulary=config.vocab_size,
+        itemsize=_ITEMSIZE,
+    )
+    return PROCESS + GATHERED + batch
+
+
 def _plans(
-    shape: ModelShape, args: argparse.Namespace, context: int, memory: int
+    shape: ModelShape, args: argparse.Namespace, context: int, memory: int, workspace: int
 ) -> tuple[MemoryPlan, MemoryPlan]:
     """With substitutes, and without any."""
 
@@ -233,7 +254,7 @@ def _plans(
             groups = linear.size // _GROUP if bits < 8 else linear.rows * linear.count
             return linear.size * (8 if bits > 4 else 4) // 8 + 4 * groups  # no kernel packs closer
 
-        sizes = shape.sizes(_ITEMSIZE, args.tensor_parallel_size, substitute, WORKSPACE)
+        sizes = shape.sizes(_ITEMSIZE, args.tensor_parallel_size, substitute, workspace)
         # And a block that vLLM never gives out.
         budget = Budget(memory, args.batch * (context + _RESERVED) + _BLOCK)
         alone = replace(sizes, substitutes=[0] * len(sizes.layers))

@@ -10,18 +10,21 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_subspec.config import SubspecOptions
-from vllm_subspec.core.plan import WORKSPACE, Budget, MemoryPlan, ModelSizes, plan_memory
+from vllm_subspec.core.plan import (
+    GATHERED,
+    WORKSPACE,
+    Budget,
+    MemoryPlan,
+    ModelSizes,
+    largest_pass,
+    plan_memory,
+)
 from vllm_subspec.weights import kernels
 from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.streamable import streamables_of
 from vllm_subspec.weights.streaming import block_layout
 
 _KV_TOKENS = 16384
-_LOGIT_BYTES = 4  # float32
-_GATHERED = 96 << 20
-"""Bytes that a process on the CPU gathers under full batches, whatever the model: libraries' pages,
-oneDNN's code for each shape of a product, what the allocator keeps. Measured: 70 to 130 MB, and 20
-in a process that serves one request at a time."""
 
 
 def plan_residency(
@@ -57,7 +60,7 @@ def plan_residency(
     if device.type == "cuda":
         workspace = WORKSPACE
     else:
-        workspace = _process_bytes() + _GATHERED + _activations(config)
+        workspace = _process_bytes() + GATHERED + _activations(config)
     plan = plan_memory(
         ModelSizes([streamable] * layers, [substitute] * layers, other, kv, workspace),
         Budget(_device_bytes(config, device), _kv_tokens(config)),
@@ -79,16 +82,19 @@ def _process_bytes() -> int:
 
 
 def _activations(config: VllmConfig) -> int:
-    """Bytes of the largest pass, on the CPU: a layer's activations, and the logits twice."""
     text, model = config.model_config.hf_text_config, config.model_config
-    tokens = config.scheduler_config.max_num_batched_tokens
-    widest = max(getattr(text, "intermediate_size", 0) or 0, model.get_hidden_size())
-    layer = tokens * (4 * model.get_hidden_size() + 3 * widest) * model.dtype.itemsize
     sampled = config.scheduler_config.max_num_seqs
     if config.speculative_config is not None:
         sampled *= 1 + config.speculative_config.num_speculative_tokens
-    rows = min(sampled, tokens)
-    return layer + 2 * rows * model.get_vocab_size() * _LOGIT_BYTES
+    hidden = model.get_hidden_size()
+    return largest_pass(
+        config.scheduler_config.max_num_batched_tokens,
+        sampled,
+        hidden=hidden,
+        widest=max(getattr(text, "intermediate_size", 0) or 0, hidden),
+        vocabulary=model.get_vocab_size(),
+        itemsize=model.dtype.itemsize,
+    )
 
 
 def _kv_tokens(config: VllmConfig) -> int:
