@@ -250,7 +250,7 @@ class Soak:
         rng = random.Random(self.seed)
         rounds = itertools.cycle(pairs) if self.repeat else pairs
         for wave, expected in tqdm(rounds, desc="drafting", unit="wave"):
-            if time.monotonic() > ends:
+            if time.monotonic() > ends or self.too_many_apart:
                 break
             way = {
                 "hierarchy": rng.random() < 0.3,
@@ -272,18 +272,25 @@ class Soak:
         if differs(plain, drafted):
             self.apart.append(Apart(request, plain, drafted, way))
 
+    @property
+    def too_many_apart(self) -> bool:
+        """Answers differ more often than near ties can explain."""
+        return len(self.apart) > 1 + self.compared // REQUESTS_PER_TIE
+
     def _different(self) -> str | None:
         """Of the answers that differ, one that is no near tie, or that there are too many."""
         if not self.apart:
             return None
         engine = Engine(None, **ties.SETTINGS)
-        for request, plain, drafted, way in self.apart:
-            gap = ties.gap(engine.llm, request.prompt, request.params, plain[0], drafted[0])
-            if gap > ties.NEAR:
-                return f"DIFFERENT by {gap} with {way}: {request}\n{plain}\n{drafted}"
+        try:
+            for request, plain, drafted, way in self.apart:
+                gap = ties.gap(engine.llm, request.prompt, request.params, plain[0], drafted[0])
+                if gap > ties.NEAR:
+                    return f"DIFFERENT by {gap} with {way}: {request}\n{plain}\n{drafted}"
+        finally:
+            engine.close()
         self.near_ties = len(self.apart)
-        allowed = 1 + self.compared // REQUESTS_PER_TIE
-        return f"{self.near_ties} near ties" if self.near_ties > allowed else None
+        return f"{self.near_ties} near ties" if self.too_many_apart else None
 
 
 def main() -> int:

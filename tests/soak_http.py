@@ -105,7 +105,7 @@ class HttpSoak(Soak):
         rng = random.Random(self.seed)
         waves = itertools.cycle(pairs)
         for _ in tqdm(itertools.count(), desc="serving", unit="look"):
-            if time.monotonic() > ends:
+            if time.monotonic() > ends or self.too_many_apart:
                 break
             each = [
                 pair for wave in itertools.islice(waves, WAVES) for pair in zip(*wave, strict=True)

@@ -157,10 +157,10 @@ def test_experts_over_two_ranks(
     """Each rank has its share of every expert."""
     engines.close()
     model = checkpoint("mixtral", intermediate_size=256).path
-    did = two_ranks.run(["plain", "chains"], tmp_path / "stores", seconds=800, model=model)
-    two_ranks.assert_same_answers(did["chains"], did["plain"])
-    two_ranks.assert_ranks_drafted_alike(did["chains"])
-    assert_chains_were_tried(did["chains"].counts, 3)
+    outcomes = two_ranks.run(["plain", "chains"], tmp_path / "stores", seconds=800, model=model)
+    two_ranks.assert_same_answers(outcomes["chains"], outcomes["plain"])
+    two_ranks.assert_ranks_drafted_alike(outcomes["chains"])
+    assert_chains_were_tried(outcomes["chains"].counts, 3)
 
 
 def test_experts_from_a_store(engines: Engines, checkpoint: Callable[..., Checkpoint]) -> None:

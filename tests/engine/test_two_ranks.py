@@ -22,21 +22,21 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def did(stores: Path) -> dict[str, two_ranks.Did]:
+def outcomes(stores: Path) -> dict[str, two_ranks.Outcome]:
     """By way; all in one process, as each start of one imports vLLM again."""
     return two_ranks.run(["plain", *SPECULATING], stores, seconds=800)
 
 
 @pytest.mark.parametrize("way", SPECULATING)
-def test_answers_and_drafts(did: dict[str, two_ranks.Did], way: str) -> None:
-    two_ranks.assert_same_answers(did[way], did["plain"])
-    two_ranks.assert_ranks_drafted_alike(did[way])
+def test_answers_and_drafts(outcomes: dict[str, two_ranks.Outcome], way: str) -> None:
+    two_ranks.assert_same_answers(outcomes[way], outcomes["plain"])
+    two_ranks.assert_ranks_drafted_alike(outcomes[way])
     if way == "hierarchy":
-        assert did[way].counts.accepted > 50
+        assert outcomes[way].counts.accepted > 50
     else:
-        assert_trees_were_tried(did[way].counts, 20)
+        assert_trees_were_tried(outcomes[way].counts, 20)
 
 
-def test_each_rank_has_a_store(did: dict[str, two_ranks.Did], stores: Path) -> None:
+def test_each_rank_has_a_store(outcomes: dict[str, two_ranks.Outcome], stores: Path) -> None:
     """Ray's ranks find those that vLLM's have written."""
     assert {f.name.split(".")[-2] for f in stores.glob("*.store")} == {"rank0of2", "rank1of2"}

@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
 the others' by vLLM: that changes no sum."""
 
 
-class Did(NamedTuple):
+class Outcome(NamedTuple):
     """What an engine did.
 
     Args:
@@ -76,7 +76,7 @@ class Did(NamedTuple):
 
 def run(
     ways: Sequence[str], store_dir: Path, seconds: float, model: Path = MODEL
-) -> dict[str, Did]:
+) -> dict[str, Outcome]:
     """What engines do, by their ways (keys of ``OPTIONS``).
 
     Args:
@@ -102,19 +102,19 @@ def run(
     )
     report = json.loads(done.stdout.splitlines()[-1])
     return {
-        way: Did(tokens, DraftCounts(**counts), drafted)
+        way: Outcome(tokens, DraftCounts(**counts), drafted)
         for way, (tokens, counts, drafted) in report.items()
     }
 
 
-def assert_same_answers(did: Did, plain: Did) -> None:
+def assert_same_answers(outcome: Outcome, plain: Outcome) -> None:
     for i, params in enumerate(PARAMS):
         if params.seed or not params.temperature:
-            assert did.tokens[i] == plain.tokens[i], f"request {i}"
+            assert outcome.tokens[i] == plain.tokens[i], f"request {i}"
 
 
-def assert_ranks_drafted_alike(did: Did) -> None:
-    first, second = did.drafted
+def assert_ranks_drafted_alike(outcome: Outcome) -> None:
+    first, second = outcome.drafted
     assert first == second
 
 
@@ -141,7 +141,7 @@ def _over_ray(way: str) -> bool:
     return way.endswith("ray")
 
 
-def _answer(way: str, model: str, store_dir: str) -> Did:
+def _answer(way: str, model: str, store_dir: str) -> Outcome:
     options = OPTIONS[way]
     llm = LLM(
         model,
@@ -162,11 +162,13 @@ def _answer(way: str, model: str, store_dir: str) -> Did:
         llm.collective_rpc(_digest_drafts)
     known = llm.model_config.get_vocab_size()
     prompts = [[token % known for token in prompt] for prompt in PROMPTS]
-    did = Did([list(answer.tokens) for answer in generate(llm, prompts, PARAMS)], DraftCounts(), [])
+    outcome = Outcome(
+        [list(answer.tokens) for answer in generate(llm, prompts, PARAMS)], DraftCounts(), []
+    )
     if options is not None:
-        did = did._replace(counts=draft_counts(llm), drafted=llm.collective_rpc(_digest_of))
+        outcome = outcome._replace(counts=draft_counts(llm), drafted=llm.collective_rpc(_digest_of))
     llm.llm_engine.engine_core.shutdown()
-    return did
+    return outcome
 
 
 @contextlib.contextmanager

@@ -90,6 +90,19 @@ def test_without_a_gpu_the_plan_is_the_memory() -> None:
     assert pod.memory > plan.total + pod.shared_memory
 
 
+@pytest.mark.parametrize("memory", ["12GiB", "30GiB"])
+def test_without_a_gpu_the_engine_may_use_what_was_planned(
+    capsys: pytest.CaptureFixture[str], memory: str
+) -> None:
+    found = container(patched(capsys, "--device-memory", memory, "--k8s", "cpu"))
+    given = dict(zip(found["args"][1::2], found["args"][2::2], strict=True))
+    share = float(given["--gpu-memory-utilization"])
+    assert share < 1
+    main(["plan", SMALL, "--device-memory", memory, "--k8s", "cpu"])
+    told = next(line for line in capsys.readouterr().out.splitlines() if "# total " in line)
+    assert share * gib(found["resources"]["limits"]["memory"]) > float(told.split()[2])
+
+
 def test_the_deployment(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device-memory", "8GiB", "--max-model-len", "2048", "--k8s", "gpu"]
     patches = patched(capsys, *arguments, "--tensor-parallel-size", "2", "--model-name", "A/B")

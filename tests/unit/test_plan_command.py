@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
+from vllm_subspec import plugin
+from vllm_subspec.cli import plan as plan_command
 from vllm_subspec.cli.main import main
 from vllm_subspec.cli.quantities import parse_bytes, parse_rate
 from vllm_subspec.config import SubspecOptions
-from vllm_subspec.core.plan import Budget, plan_memory
+from vllm_subspec.core.plan import GATHERED, PROCESS, Budget, plan_memory
+from vllm_subspec.engine import residency
 from vllm_subspec.weights.model_shape import read_shape
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -153,3 +159,14 @@ def test_quantities() -> None:
     assert parse_bytes("1.5 gb") == 1_500_000_000
     assert parse_bytes("4096") == 4096
     assert parse_rate("25GB/s") == parse_rate("25GB") == 25e9
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="is of vLLM's CPU backend")
+def test_a_cpu_s_workspace_is_what_the_engine_counts() -> None:
+    """With the batches of `vllm serve`, whose defaults the command cannot ask for."""
+    plugin.register()
+    model = str(CONFIGS.parents[2] / "models" / "pystd-6m")
+    asked = EngineArgs(model=model, speculative_config={"method": "subspec"})
+    config = asked.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    counted = plan_command._cpu_workspace(config.model_config.hf_text_config, 1)
+    assert counted == PROCESS + GATHERED + residency._activations(config)
