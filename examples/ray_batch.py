@@ -10,13 +10,22 @@ PROMPTS is a JSON Lines or Parquet file, or a folder of them, with a string ``pr
 what was half written is removed, and each remaining prompt is answered once. So prompts may also be
 added later.
 
+One run at a time: a lock in ANSWERS refuses a second one. Mounted object storage may know no locks:
+there a run says so and goes on, and seeing to it is left to you.
+
+A prompt that leaves no room for an answer in the engine's `max_model_len` ends the run, and every
+later one that comes to it: leave it out, or give `--engine` a larger one.
+
 It joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine. In a cluster PROMPTS
 and ANSWERS must be where every machine reaches them.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +38,12 @@ from vllm_subspec.config import check
 
 DONE = "_done"
 """Folder of the ids that are answered; readers of Parquet folders skip names with an underscore."""
+LOCK = "_lock"
+"""Empty file that a run locks while it lives; it stays behind."""
+
+
+class AnsweredElsewhereError(Exception):
+    """Another run holds the lock."""
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -123,10 +138,46 @@ def processor_config(given: argparse.Namespace) -> vLLMEngineProcessorConfig:
     )
 
 
+@contextlib.contextmanager
+def alone(answers: Path) -> Iterator[None]:
+    """Meanwhile no other run answers into the folder.
+
+    A run begins by removing what is not confirmed, which would be the other's newest answers.
+
+    Raises:
+        AnsweredElsewhereError: another one does.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            lock = held.enter_context((answers / LOCK).open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AnsweredElsewhereError(
+                f"another run answers into {answers}: wait for its end, or stop it"
+            ) from None
+        except OSError as error:
+            print(
+                f"ray_batch: {answers} cannot be locked ({error.strerror}): "
+                "see to it that no other run answers into it",
+                file=sys.stderr,
+            )
+        yield
+
+
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     answers = given.answers.absolute()
     answers.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(answers):
+            answer(given, answers)
+    except AnsweredElsewhereError as error:
+        print(f"ray_batch: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def answer(given: argparse.Namespace, answers: Path) -> None:
     ray.init()
     # Ray Data writes a block's ids before the block, confirms them after it, and removes at the
     # next start whatever was not confirmed.
@@ -145,7 +196,6 @@ def main(arguments: list[str] | None = None) -> int:
     # A block is kept as a whole: its size is what an interruption can cost.
     blocks = read(given.prompts).repartition(target_num_rows_per_block=given.batch_size)
     process(blocks).write_parquet(str(answers))
-    return 0
 
 
 if __name__ == "__main__":

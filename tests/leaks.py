@@ -51,6 +51,8 @@ class Leaks:
         self.samples.append(Sample(minutes, resident, files, threads))
 
     def __str__(self) -> str:
+        if len(self.warm) < 2:
+            return "too short a time to see what grows"
         each = ", ".join(
             f"{name} {slope:+.2f}" for name, slope in zip(self._names, self._slopes(), strict=True)
         )
@@ -83,7 +85,7 @@ class Leaks:
     def found(self) -> list[str]:
         """What grew, a sentence each."""
         sentences: list[str] = []
-        if not self.samples:
+        if len(self.warm) < 2:
             return sentences
         begin, end = self.warm[0], self.warm[-1]
         if end.files > begin.files:

@@ -10,7 +10,8 @@ batches, few KV blocks (preemption), a token budget that cuts trees, aborts at r
 round to round another branching, depth and pruning. float32. An aborted request must have emitted
 a prefix of its answer. Four times as many requests are sent as the engine runs at once. Ends with
 status 1 if an answer differs by more than a near tie of float32, which vLLM without speculation
-has with itself (`tests.ties`), or if pages, memory, files or threads were gathered meanwhile.
+has with itself (`tests.ties`), if pages, memory, files or threads were gathered meanwhile, or if
+hardly anything was compared or drafted.
 
 With --http they go to `vllm serve` in processes of its own: see `tests.soak_http`.
 """
@@ -28,9 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if __name__ == "__main__":  # tests that import this have settings of their own
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tqdm import tqdm
 from vllm import LLM, SamplingParams
@@ -125,6 +127,8 @@ def parameters(rng: random.Random, number: int, tokenizer: Any) -> dict[str, Any
 
 Got = tuple[tuple[int, ...], bool]
 """A request's tokens, and whether it ended by itself."""
+LEAST_TAU = 1.2
+"""Tokens a round. Where fewer are emitted hardly any draft was verified."""
 REQUESTS_PER_TIE = 2_000
 """Of answers of a dozen tokens: near ties are no rarer where the same requests are repeated."""
 Pairs = list[tuple[list[Asked], list[Got]]]
@@ -216,7 +220,16 @@ class Soak:
         pairs = self._plain(ends)
         with tempfile.TemporaryDirectory() as folder:
             wrong = self._drafted(pairs, ends, Path(folder))
-        return self._different() or wrong or "; ".join(self.leaks.found()) or None
+        found = [*self._untested(), *self.leaks.found()]
+        return self._different() or wrong or "; ".join(found) or None
+
+    def _untested(self) -> list[str]:
+        """Why a run in which nothing differs may say nothing, a sentence each."""
+        if not self.compared:
+            return ["not a single request was compared: give it more minutes"]
+        if self.tau < LEAST_TAU:
+            return [f"hardly anything was drafted: tau is {self.tau:.2f}, not {LEAST_TAU}"]
+        return []
 
     def _made(self, tokenizer: Any) -> list[Asked]:
         return requests(self.requests, self.seed, tokenizer)

@@ -39,13 +39,13 @@ def _log_like_vllm() -> None:
 
 
 def _check_version() -> None:
-    from packaging.version import Version
+    from packaging.specifiers import SpecifierSet
 
     if os.environ.get(SKIP_VERSION_CHECK) == "1":
         return
     version = importlib.metadata.version("vllm")
     low, high = SUPPORTED_VLLM
-    if not Version(low) <= Version(version) < Version(high):
+    if not SpecifierSet(f">={low},<{high}").contains(version, prereleases=True):
         raise RuntimeError(
             f"vllm-subspec supports vLLM >= {low}, < {high}, but {version} is installed: "
             f"run pip install 'vllm>={low},<{high}', or set {SKIP_VERSION_CHECK}=1 to try anyway"

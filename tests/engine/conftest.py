@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
+from vllm.platforms import current_platform
 
 from tests.engine.helpers import Engines
 
@@ -56,7 +57,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    elsewhere = pytest.mark.skipif(
+        not current_platform.is_cpu(),
+        reason="needs vLLM's CPU backend: token trees in float32, and its operators",
+    )
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.engine)
+            item.add_marker(elsewhere)
     items.sort(key=lambda item: item.path.name not in FIRST)

@@ -3,15 +3,14 @@
 """Weights that cannot be read while serving: the requests of that pass fail, the others do not."""
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm import LLM
 
+from tests.engine.faulty_source import FaultySource
 from tests.engine.helpers import (
     LAYERS,
     ROUGH,
@@ -26,36 +25,12 @@ from tests.engine.helpers import (
     source_prompts,
     worker_of,
 )
-from vllm_subspec.weights.ring import BlockSource, Ring, ThreadTransfer
-from vllm_subspec.weights.store import StoreReadError
+from vllm_subspec.weights.ring import Ring, ThreadTransfer
 
 RUNNING = 4
 PROMPTS = source_prompts(9, 70, 200)  # several full KV blocks each, so that they can be found again
 PARAMS = [greedy(24)] * len(PROMPTS)
 SETTINGS: dict[str, Any] = {"max_num_seqs": RUNNING, "max_num_batched_tokens": 1024}
-
-
-class FaultySource:
-    """A source that, once armed, fails at one read of one block and then is well again."""
-
-    def __init__(self, source: BlockSource) -> None:
-        self._source = source
-        self._fails_at: int | None = None
-        self.failed = 0
-
-    def arm(self, block: int) -> None:
-        self._fails_at = block
-
-    def read(self, index: int, out: torch.Tensor, cancel: threading.Event | None = None) -> None:
-        if index == self._fails_at:
-            self._fails_at = None
-            self.failed += 1
-            out.fill_(0xAA)  # a failed read leaves anything behind
-            raise StoreReadError("reading block 'made to fail' failed: Input/output error")
-        self._source.read(index, out, cancel)
-
-    def close(self) -> None:
-        self._source.close()
 
 
 @pytest.fixture(scope="module")

@@ -141,14 +141,14 @@ def test_the_text_does_not_depend_on_the_draft(
     assert answers == [expected[name] for name in names]
 
 
-def test_the_draft_foresees_the_samples(trees: LLM) -> None:
+def test_the_draft_foresees_the_samples(fixed: LLM) -> None:
     """By their seeds: sampled text is accepted nearly as often as greedy text."""
     rates = []
     for temperature in (0.0, 1.0):
-        before = draft_counts(trees)
+        before = draft_counts(fixed)
         params = SamplingParams(temperature=temperature, max_tokens=40, ignore_eos=True)
-        generate(trees, PROMPTS, [params] * len(PROMPTS))
-        counts = draft_counts(trees) - before
+        generate(fixed, PROMPTS, [params] * len(PROMPTS))
+        counts = draft_counts(fixed) - before
         rates.append(counts.accepted / counts.drafts)
     assert rates[1] > 0.7 * rates[0]
 

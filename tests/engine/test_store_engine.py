@@ -316,6 +316,16 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_host_block", host_block)
 
 
+def test_streaming_from_host_memory(
+    engines: Engines, expected: list[Answer], tmp_path: Path
+) -> None:
+    llm = engines.get({**ROUGH, "store_dir": str(tmp_path), "weight_source": "host"})
+    assert generate(llm, PROMPTS, PARAMS) == expected
+    (told,) = llm.collective_rpc("statistics")
+    assert told["store"]["source"] == "host" and told["counters"]["streamed_bytes"]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("before", ["no store", "a store"])
 def test_memory_that_runs_out_falls_to_the_disk(
     engines: Engines,

@@ -15,6 +15,7 @@ from tests.engine.helpers import (
     Engines,
     generate,
     greedy,
+    memory_plan,
     source_prompts,
     worker_of,
 )
@@ -60,6 +61,15 @@ def test_a_saved_checkpoint_is_the_substitute(engines: Engines, saved: Path) -> 
     quantized_now = kernels({"bits": 4, "quantizer": "rtn"})
     for loaded, made in zip(from_checkpoint, quantized_now, strict=True):
         assert torch.equal(loaded, made)
+
+
+def test_a_checkpoint_s_own_width_is_planned(engines: Engines, tmp_path: Path) -> None:
+    eight = tmp_path / "w8"
+    assert main(["quantize", str(MODEL), str(eight), "--bits", "8"]) == 0
+    base = {k: v for k, v in ROUGH.items() if k not in ("bits", "quantizer")}
+    llm = engines.get({**base, "substitute": str(eight)})
+    made = sum(kernel.nbytes for kernel in worker_of(llm).loading.substitutes.values())
+    assert memory_plan(llm).substitute_bytes == made
 
 
 def test_another_models_checkpoint_is_refused(engines: Engines, tmp_path: Path) -> None:

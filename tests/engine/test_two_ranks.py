@@ -37,6 +37,16 @@ def test_answers_and_drafts(outcomes: dict[str, two_ranks.Outcome], way: str) ->
         assert_trees_were_tried(outcomes[way].counts, 20)
 
 
+def test_a_read_that_fails_on_one_rank_fails_the_pass(
+    outcomes: dict[str, two_ranks.Outcome],
+) -> None:
+    """The other rank has read its share, but the sum of both is not the model's."""
+    outcome = outcomes[two_ranks.FAULTY]
+    assert outcome.failed == ["error", "error"]
+    assert outcome.failures == [0, 1]
+    assert outcome.after == outcomes["plain"].tokens[:4]
+
+
 def test_each_rank_has_a_store(outcomes: dict[str, two_ranks.Outcome], stores: Path) -> None:
     """Ray's ranks find those that vLLM's have written."""
     assert {f.name.split(".")[-2] for f in stores.glob("*.store")} == {"rank0of2", "rank1of2"}

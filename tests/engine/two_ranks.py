@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm import LLM, SamplingParams
+from vllm.distributed import get_tp_group
 
+from tests.engine.faulty_source import FaultySource
 from tests.engine.helpers import (
     CHAIN,
+    LAYERS,
     MODEL,
     ROUGH,
     DraftCounts,
@@ -60,6 +63,10 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
 the others' by vLLM: that changes no sum."""
 
 
+FAULTY = "drafting"
+"""The way that meets a disk error when it has answered."""
+
+
 class Outcome(NamedTuple):
     """What an engine did.
 
@@ -67,11 +74,18 @@ class Outcome(NamedTuple):
         tokens: of every answer.
         counts: of what was verified; nothing without speculation.
         drafted: of every rank, a digest of all that it drafted; none without speculation.
+        failed: how requests ended while the second rank could not read a layer; none where that
+            was not tried.
+        after: tokens of every greedy answer after that.
+        failures: of every rank, reads that failed.
     """
 
     tokens: list[list[int]]
     counts: DraftCounts
     drafted: list[str]
+    failed: Sequence[str | None] = ()
+    after: Sequence[list[int]] = ()
+    failures: Sequence[int] = ()
 
 
 def run(
@@ -102,8 +116,8 @@ def run(
     )
     report = json.loads(done.stdout.splitlines()[-1])
     return {
-        way: Outcome(tokens, DraftCounts(**counts), drafted)
-        for way, (tokens, counts, drafted) in report.items()
+        way: Outcome(tokens, DraftCounts(**counts), *others)
+        for way, (tokens, counts, *others) in report.items()
     }
 
 
@@ -137,6 +151,14 @@ def _digest_of(worker: Any) -> str:
     return digest
 
 
+def _break_a_read(worker: Any) -> None:
+    """The second rank's next read of its last layer fails (a `collective_rpc`)."""
+    if get_tp_group().rank_in_group == 1:
+        transfer = worker.loading.ring.transfer
+        transfer._source = FaultySource(transfer._source)
+        transfer._source.arm(LAYERS - 1)
+
+
 def _over_ray(way: str) -> bool:
     return way.endswith("ray")
 
@@ -167,6 +189,17 @@ def _answer(way: str, model: str, store_dir: str) -> Outcome:
     )
     if options is not None:
         outcome = outcome._replace(counts=draft_counts(llm), drafted=llm.collective_rpc(_digest_of))
+    if way == FAULTY:
+        llm.collective_rpc(_break_a_read)
+        failed = generate(llm, prompts[:2], PARAMS[:2])
+        after = generate(llm, prompts[:4], PARAMS[:4])
+        outcome = outcome._replace(
+            failed=[answer.finish_reason for answer in failed],
+            after=[list(answer.tokens) for answer in after],
+            failures=[
+                told["counters"]["read_failures"] for told in llm.collective_rpc("statistics")
+            ],
+        )
     llm.llm_engine.engine_core.shutdown()
     return outcome
 

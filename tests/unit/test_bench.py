@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_subspec.bench import environment, report
+from vllm_subspec.bench import bandwidth, environment, report
 from vllm_subspec.bench.prompts import BUNDLED, Prompt, load
 from vllm_subspec.bench.scenario import Cell, Scenario
 from vllm_subspec.bench.trace import trace
@@ -147,9 +147,9 @@ def result() -> dict[str, Any]:
         }
         for batch in (1, 4)
     ]
-    parts = ("resident", "substitute", "ring", "other", "kv", "workspace")
-    plan = {f"{part}_bytes": 1 << 30 for part in parts} | {"total": 6 << 30}
-    engine = {"bits": 4, "ready_seconds": 20.0, "plan": plan, "peak_bytes": 6 << 30}
+    parts = ("resident", "substitute", "ring", "other", "kv", "workspace", "drafter")
+    plan = {f"{part}_bytes": 1 << 30 for part in parts} | {"total": 7 << 30}
+    engine = {"bits": 4, "ready_seconds": 20.0, "plan": plan, "peak_bytes": 7 << 30}
     told = {"model": "models/<b>m", "tokens": 16, "plain_tokens": 4}
     return {
         "environment": {"command": "vllm-subspec bench 'models/<b>m'", "cpu": "some CPU"},
@@ -222,3 +222,8 @@ def test_options_that_are_no_json_end_the_command(capsys: pytest.CaptureFixture[
         main(["bench", str(MODEL), "--engine", "{"])
     assert ended.value.code == 2
     assert "argument --engine: not JSON" in capsys.readouterr().err
+
+
+def test_weights_in_host_memory_have_a_rate() -> None:
+    """Also where no GPU is."""
+    assert bandwidth.host_copy_rate() > 1e8

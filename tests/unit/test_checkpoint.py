@@ -330,6 +330,13 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert run_command(str(model), str(out), "--bits", "8", "--group-size", "32") == 0
     assert SubstituteCheckpoint.open(out).weight(LINEAR).format == QuantFormat(8, 32)
+    symmetric = tmp_path / "symmetric"
+    options = ("--symmetric", "--quantizer", "rtn", "--group-size", "32")
+    assert run_command(str(model), str(symmetric), *options) == 0
+    found = SubstituteCheckpoint.open(symmetric).weight(LINEAR)
+    assert found.format == QuantFormat(4, 32, symmetric=True)
+    weight = load_file(model / "model.safetensors")[f"{LINEAR}.weight"]
+    assert torch.equal(found.codes, quantize(weight, found.format, "rtn", weight.dtype).codes)
     capsys.readouterr()
     for arguments in (
         (str(model), str(out)),

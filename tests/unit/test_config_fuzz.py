@@ -146,7 +146,22 @@ def refusal(model: ModelConfig, given: Any) -> str | None:
     options = options_of(SimpleNamespace(additional_config=travelling))
     assert options is not None
     assert {"method": options.METHOD, **options.to_json_dict()} == travelling[KEY]
+    assert_is_what_was_given(travelling[KEY], given)
     return None
+
+
+REWRITTEN = {"drafter", "store_dir", "substitute", "intermediate", "substitute_layers"}
+"""Mappings, paths and lists: they travel in another form."""
+
+
+def assert_is_what_was_given(travelling: Given, given: Given) -> None:
+    asked = {str(name).replace("-", "_"): value for name, value in given.items()}
+    for name in asked.keys() - REWRITTEN:
+        assert travelling[name] == asked[name], name
+    inner = asked.get("drafter")
+    if isinstance(inner, dict):
+        for name in inner.keys() - {"model"}:
+            assert travelling["drafter"][name] == inner[name], name
 
 
 OURS = settings(

@@ -119,6 +119,52 @@ def test_the_deployment(capsys: pytest.CaptureFixture[str]) -> None:
     assert gib(claim["resources"]["requests"]["storage"]) > 7.6e9 * 2 / GIB
 
 
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_requests_may_end_before_the_pod_does(
+    capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    """vLLM aborts them at once unless told; what is left is for the engine to end in."""
+    found = container(patched(capsys, "--device-memory", "12GiB", "--k8s", target))
+    given = dict(zip(found["args"][1::2], found["args"][2::2], strict=True))
+    timeout = int(given["--shutdown-timeout"])
+    deployment = yaml.safe_load((KUSTOMIZE / "base" / "deployment.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    sleep = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert timeout >= 60
+    assert sleep + timeout <= pod["terminationGracePeriodSeconds"] - 15
+
+
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_a_rollout_waits_for_a_slow_start(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    patches = patched(capsys, "--device-memory", "12GiB", "--k8s", target)
+    start = container(patches)["startupProbe"]["failureThreshold"] * PROBE_PERIOD
+    deadline = patches["Deployment vllm-subspec"]["spec"]["progressDeadlineSeconds"]
+    assert deadline >= start + 300  # an image of 10 GB is fetched before it
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("target", ["gpu", "cpu", "ray"])
+def test_cpus_follow_the_ranks(capsys: pytest.CaptureFixture[str], target: str, ranks: int) -> None:
+    arguments = ["--device-memory", "12GiB", "--tensor-parallel-size", str(ranks)]
+    patches = patched(capsys, *arguments, "--k8s", target)
+    if target == "ray":
+        operations = patches["RayService vllm-subspec"]
+        values = {each["path"]: each["value"] for each in operations}
+        found = [value for path, value in values.items() if path.endswith("/cpu")]
+        assert found == [str(4 + 2 * ranks)] * 2
+        return
+    resources = container(patches)["resources"]
+    assert resources["requests"] == resources["limits"]
+    cpus = int(resources["limits"]["cpu"])
+    if target == "gpu":
+        assert cpus == 2 + 2 * ranks
+        assert "env" not in container(patches)
+    else:
+        (threads,) = container(patches)["env"]
+        assert threads == {"name": "OMP_NUM_THREADS", "value": str(cpus // ranks)}
+        assert cpus == 16 * ranks
+
+
 def test_more_is_slower_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     _, gpu = sized("gpu")
     _, cpu = sized("cpu", source="disk")

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """deploy/kustomize passes its check, and the check finds what is wrong, also without kubectl."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,8 +124,8 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         *("component: servers", "selects nothing"),
     ),
     "peer": (
-        *("overlays/ray/network.yaml", "component: ray\n    - to:"),
-        *("component: rays\n    - to:", "of which there are none"),
+        *("overlays/ray/network.yaml", "component: ray\n    # Names"),
+        *("component: rays\n    # Names", "of which there are none"),
     ),
     "pod monitor's port": ("overlays/ray/monitor.yaml", "port: metrics", "port: metric", "metric"),
     "deployment's labels": (
@@ -228,10 +229,68 @@ def test_pods_are_restricted(overlay: str) -> None:
 def test_variables_are_read_by_someone(overlay: str) -> None:
     from vllm import envs
 
-    elsewhere = {"HF_HOME", "HF_TOKEN", "TRITON_CACHE_DIR", "OMP_NUM_THREADS"}
-    known = envs.environment_variables.keys() | elsewhere | {"RAY_USAGE_STATS_ENABLED"}
+    elsewhere = {"HF_HOME", "HF_TOKEN", "TRITON_CACHE_DIR", "RAY_USAGE_STATS_ENABLED"}
+    # Intel's OpenMP, which computes on a CPU.
+    elsewhere |= {"OMP_NUM_THREADS", "KMP_BLOCKTIME"}
+    known = envs.environment_variables.keys() | elsewhere
     for _, container in containers(rendered(overlay)):
         assert {variable["name"] for variable in container["env"]} <= known
+
+
+def test_threads_take_no_more_than_the_cpus() -> None:
+    """Each rank's are its share, and those that wait sleep: spinning counts, too."""
+    ((_, container),) = containers(rendered("cpu-disk"))
+    values = {variable["name"]: variable.get("value") for variable in container["env"]}
+    given = dict(zip(container["args"][1::2], container["args"][2::2], strict=True))
+    ranks = int(given.get("--tensor-parallel-size", 1))
+    # vLLM sees to both only where it binds threads.
+    assert values["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert values["KMP_BLOCKTIME"] == "5"
+    assert container["resources"]["limits"]["cpu"] == str(ranks * int(values["OMP_NUM_THREADS"]))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_volumes_can_be_mounted_by_all_pods(overlay: str) -> None:
+    """A disk of a node binds to nothing but ReadWriteOnce, which one pod at a time has."""
+    documents = rendered(overlay)
+    claims = [each for each in documents if each["kind"] == "PersistentVolumeClaim"]
+    assert len(claims) == 2
+    modes = {mode for claim in claims for mode in claim["spec"]["accessModes"]}
+    if overlay != "cpu-disk":
+        assert modes == {"ReadWriteMany"}
+        return
+    assert modes == {"ReadWriteOnce"}
+    deployment = of_kind(documents, "Deployment")["spec"]
+    assert deployment["replicas"] == 1
+    assert deployment["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    assert not any(each["kind"] == "HorizontalPodAutoscaler" for each in documents)
+
+
+@pytest.mark.parametrize("overlay", ["gpu-24gb", "cpu-disk"])
+def test_a_rollout_waits_for_a_slow_start(overlay: str) -> None:
+    deployment = of_kind(rendered(overlay), "Deployment")["spec"]
+    probe = deployment["template"]["spec"]["containers"][0]["startupProbe"]
+    start = probe["failureThreshold"] * probe["periodSeconds"]
+    assert deployment["progressDeadlineSeconds"] > start
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_names_are_asked_for_anywhere(overlay: str) -> None:
+    """A cache in the node's own network is no pod: no selector lets it through."""
+    policy = of_kind(rendered(overlay), "NetworkPolicy")
+    anywhere = [rule for rule in policy["spec"]["egress"] if "to" not in rule]
+    open_ports = [(port["port"], port["protocol"]) for rule in anywhere for port in rule["ports"]]
+    assert sorted(open_ports) == [(53, "TCP"), (53, "UDP"), (443, "TCP")]
+
+
+def test_what_the_api_key_guards_is_told() -> None:
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    before, _, _ = (ROOT / DEPLOYMENT).read_text().partition("- name: VLLM_API_KEY")
+    comment = before.rpartition("env:")[2]
+    guarded, _, left_open = comment.partition("All else")
+    assert sorted(re.findall(r"/\w+", guarded)) == sorted(GUARDED_PREFIX)
+    assert re.search(r"/invocations\b", left_open)
 
 
 @pytest.mark.parametrize("overlay", ["gpu-24gb", "cpu-disk"])

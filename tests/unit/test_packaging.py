@@ -139,6 +139,7 @@ def test_cpu_environment_preloads_openmp_and_uses_every_core() -> None:
     assert seen.stdout.split()[0] == str(len(cores)), seen.stderr
     assert "libiomp5.so" in seen.stdout
     assert f"VLLM_CPU_OMP_THREADS_BIND={','.join(map(str, sorted(cores)))}" in printed
+    assert f"OMP_NUM_THREADS={len(cores)}\n" in printed
 
 
 @needs_cpu_build

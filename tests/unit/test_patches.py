@@ -3,6 +3,7 @@
 """The patches apply to the installed vLLM, and their run-time forms do what they say."""
 
 import ctypes
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -14,9 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.utils import cpu_triton_utils
 from vllm.utils.hashing import sha256
 from vllm.v1 import outputs as vllm_outputs
+from vllm.v1 import structured_output
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -43,7 +45,7 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -124,31 +126,85 @@ def test_patches_and_run_time_forms_match() -> None:
         assert f"`compat.{form.__name__}`" in row
 
 
-def test_applying_twice_changes_nothing() -> None:
+CHANGED: list[tuple[Any, str]] = [
+    (VllmConfig, "num_lookahead_tokens"),
+    (cpu_triton_utils, "_expand_kernel_impl"),
+    (CPUModelRunner, "_sample"),
+    (CPUModelRunner, "_bookkeeping_sync"),
+    (Scheduler, "update_from_output"),
+    (topk_topp_sampler, "apply_top_k_only"),
+    (StructuredOutputManager, "validate_tokens"),
+    (StructuredOutputManager, "grammar_bitmask"),
+    (SamplingParams, "_validate_spec_decode"),
+    (EngineCoreProc, "run_busy_loop"),
+    (SpinCondition, "record_read"),
+]
+
+
+def test_applying_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    inherited = [(GPUModelRunner, "_sample"), (GPUModelRunner, "_bookkeeping_sync")]
+
     def symbols() -> list[Any]:
-        return [
-            inspect.getattr_static(owner, name)
-            for owner, name in (
-                (VllmConfig, "num_lookahead_tokens"),
-                (cpu_triton_utils, "_expand_kernel_impl"),
-                (CPUModelRunner, "_sample"),
-                (CPUModelRunner, "_bookkeeping_sync"),
-                (GPUModelRunner, "_sample"),
-                (GPUModelRunner, "_bookkeeping_sync"),
-                (Scheduler, "update_from_output"),
-                (StructuredOutputManager, "validate_tokens"),
-                (StructuredOutputManager, "grammar_bitmask"),
-                (SamplingParams, "_validate_spec_decode"),
-                (EngineCoreProc, "run_busy_loop"),
-                (SpinCondition, "record_read"),
-            )
-        ]
+        return [inspect.getattr_static(owner, name) for owner, name in [*CHANGED, *inherited]]
 
     before = symbols()
     compat.apply()
     assert all(one is other for one, other in zip(before, symbols(), strict=True))
     assert "_sample" in vars(CPUModelRunner)
     assert not hasattr(GPUModelRunner._sample, "__wrapped__"), "only the CPU runner is changed"
+
+    replaced: list[tuple[Any, str]] = []
+    monkeypatch.setattr(
+        compat, "_replace", lambda owner, name, make: replaced.append((owner, name))
+    )
+    compat.apply()
+    assert replaced == CHANGED
+
+
+# Both forms of a patch: the run-time one and the patched files
+
+
+@dataclass
+class Patched:
+    """vLLM's modules with a patch in force.
+
+    Args:
+        folder: for the patched files; None: the modules in use, which have the run-time forms.
+    """
+
+    folder: Path | None
+    patcher: pytest.MonkeyPatch
+    loaded: dict[str, Any] = field(default_factory=dict)
+
+    def module(self, patch: str, name: str) -> Any:
+        """Module ``name``, with the patch of that number."""
+        if self.folder is None:
+            return importlib.import_module(name)
+        if name not in self.loaded:
+            self.loaded[name] = self._load(self.folder / patch, patch, name)
+        return self.loaded[name]
+
+    def _load(self, folder: Path, patch: str, name: str) -> Any:
+        if not folder.exists():
+            folder.mkdir()
+            patched_files(next(p for p in PATCHES if p.name.startswith(patch)), folder)
+        path = folder / name.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        spec = importlib.util.spec_from_file_location(f"patched_{name.replace('.', '_')}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        self.patcher.setitem(sys.modules, spec.name, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+
+@pytest.fixture(scope="module", params=["run time", "files"])
+def patched(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Patched]:
+    with pytest.MonkeyPatch.context() as patcher:
+        files = request.param == "files"
+        yield Patched(tmp_path_factory.mktemp("patched") if files else None, patcher)
 
 
 # 0001
@@ -200,7 +256,7 @@ def _expansions(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], float, float]
 
 @given(_expansions(), st.sampled_from([torch.int32, torch.int64]))
 def test_expand_kernel_repeats_each_value(
-    case: tuple[torch.Tensor, list[int], float, float], count_dtype: torch.dtype
+    patched: Patched, case: tuple[torch.Tensor, list[int], float, float], count_dtype: torch.dtype
 ) -> None:
     values, counts, replace_from, replace_to = case
     expected = [
@@ -210,7 +266,8 @@ def test_expand_kernel_repeats_each_value(
     ]
     output = torch.full((sum(counts),), 99, dtype=values.dtype)
     cumulative = torch.tensor(counts).cumsum(0).to(count_dtype)
-    cpu_triton_utils._expand_kernel_impl(output, values, cumulative, replace_from, replace_to)
+    kernels = patched.module("0002", cpu_triton_utils.__name__)
+    kernels._expand_kernel_impl(output, values, cumulative, replace_from, replace_to)
     assert torch.equal(output, torch.tensor(expected, dtype=values.dtype))
 
 
@@ -226,13 +283,15 @@ def test_the_sampler_runs_the_repaired_kernel() -> None:
 # 0005
 
 
-def test_the_top_k_of_no_rows_is_no_rows() -> None:
-    empty = apply_top_k_top_p(torch.empty(0, 7), torch.empty(0, dtype=torch.int32), None)
+def test_the_top_k_of_no_rows_is_no_rows(patched: Patched) -> None:
+    sampler = patched.module("0005", topk_topp_sampler.__name__)
+    empty = sampler.apply_top_k_top_p(torch.empty(0, 7), torch.empty(0, dtype=torch.int32), None)
     assert empty.shape == (0, 7)
 
 
-def test_top_k_still_masks() -> None:
-    logits = apply_top_k_top_p(torch.arange(4.0).repeat(2, 1), torch.tensor([1, 4]), None)
+def test_top_k_still_masks(patched: Patched) -> None:
+    sampler = patched.module("0005", topk_topp_sampler.__name__)
+    logits = sampler.apply_top_k_top_p(torch.arange(4.0).repeat(2, 1), torch.tensor([1, 4]), None)
     assert torch.isinf(logits).sum(dim=1).tolist() == [3, 0]
 
 
@@ -364,7 +423,7 @@ def test_the_scheduler_reads_the_set_of_requests_to_fail() -> None:
     assert "grammar_compile_error_reqs" in stock.__code__.co_names
 
 
-# 0006: both forms, the run-time one and the patched files
+# 0006
 
 NODES = 12
 REGEX = "(a[ab]|b[acd])*(cd|ce?)"  # siblings have different followers
@@ -390,28 +449,14 @@ RUN_TIME = Form(
 )
 
 
-@pytest.fixture(scope="module", params=["run time", "files"])
-def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Form:
-    if request.param == "run time":
+@pytest.fixture(scope="module")
+def form(patched: Patched) -> Form:
+    if patched.folder is None:
         return RUN_TIME
-    patch = next(patch for patch in PATCHES if patch.name.startswith("0006"))
-    folder = tmp_path_factory.mktemp("patched")
-    patched_files(patch, folder)
-    patcher = pytest.MonkeyPatch()
-    request.addfinalizer(patcher.undo)
-
-    def load(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(f"patched_{Path(name).stem}", folder / name)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patcher.setitem(sys.modules, spec.name, module)  # dataclasses look there
-        spec.loader.exec_module(module)
-        return module
-
-    draft_tree = load("vllm/v1/outputs.py").DraftTree
-    patcher.setattr(vllm_outputs, "DraftTree", draft_tree, raising=False)
+    draft_tree = patched.module("0006", vllm_outputs.__name__).DraftTree
+    patched.patcher.setattr(vllm_outputs, "DraftTree", draft_tree, raising=False)
     return Form(
-        load("vllm/v1/structured_output/__init__.py").StructuredOutputManager,
+        patched.module("0006", structured_output.__name__).StructuredOutputManager,
         lambda tree: draft_tree(tree.tokens.tolist(), tree.parents.tolist()),
         lambda drafts: drafts.parents,
     )
@@ -631,7 +676,9 @@ def test_thinking_budgets_are_refused_where_our_proposer_drafts() -> None:
 
 # 0009
 
-NOTICES = 10_000
+NOTICES = 5_000
+MUCH = 2 * NOTICES
+"""Bytes."""
 
 
 class _Allocated(ctypes.Structure):
@@ -652,33 +699,52 @@ def _allocated() -> int:
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> Iterator[tuple[SpinCondition, SpinCondition]]:
+def queue(patched: Patched, tmp_path: Path) -> Iterator[tuple[SpinCondition, SpinCondition]]:
     """Writer and reader."""
+    condition = patched.module("0009", SpinCondition.__module__).SpinCondition
     context = zmq.Context()
     address = f"ipc://{tmp_path}/queue"
-    ends = SpinCondition(False, context, address), SpinCondition(True, context, address)
+    ends = condition(False, context, address), condition(True, context, address)
     yield ends
     context.destroy(linger=0)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc tells what it gave")
+def unseen(reason: str) -> NoReturn:
+    """Skip, but not where everything must be tested."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def test_a_busy_reader_keeps_nothing(
     queue: tuple[SpinCondition, SpinCondition], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        unseen("this C library does not tell what it gave")
     writer, reader = queue
+    stock = inspect.unwrap(SpinCondition.record_read)
     reads = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(reads) / 1000)  # a thousand a second
 
-    def busy() -> int:
+    def kept(record_read: Callable[[], None]) -> int:
         before = _allocated()
         for _ in range(NOTICES):
             writer.notify()
             time.sleep(5e-5)
-            reader.record_read()
+            record_read()
         return _allocated() - before
 
-    busy()
-    assert busy() < 2 * NOTICES  # and else 40 bytes for each that gets through
+    kept(reader.record_read)
+    found = kept(reader.record_read)
+    # 40 bytes for each that gets through, if this measures at all: another allocator is not seen.
+    stock_keeps = 0
+    for _ in range(4):
+        stock_keeps += kept(lambda: stock(reader))
+        if stock_keeps > MUCH:
+            break
+    else:
+        unseen("malloc's figures do not show what vLLM's own function keeps")
+    assert found < MUCH
     monkeypatch.undo()
     reader.last_read = float("-inf")  # idle: it polls, and is woken by the last one
     began = time.monotonic()

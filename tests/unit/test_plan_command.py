@@ -163,10 +163,10 @@ def test_quantities() -> None:
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="is of vLLM's CPU backend")
 def test_a_cpu_s_workspace_is_what_the_engine_counts() -> None:
-    """With the batches of `vllm serve`, whose defaults the command cannot ask for."""
+    """With the passes of `vllm serve`, whose defaults the command cannot ask for."""
     plugin.register()
     model = str(CONFIGS.parents[2] / "models" / "pystd-6m")
-    asked = EngineArgs(model=model, speculative_config={"method": "subspec"})
+    asked = EngineArgs(model=model, max_num_seqs=8, speculative_config={"method": "subspec"})
     config = asked.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    counted = plan_command._cpu_workspace(config.model_config.hf_text_config, 1)
+    counted = plan_command._cpu_workspace(config.model_config.hf_text_config, 1, 8)
     assert counted == PROCESS + GATHERED + residency._activations(config)

@@ -34,6 +34,7 @@ def uses(source: str) -> set[str]:
             found |= {alias.name.split(".")[0] for alias in node.names} & UNSAFE_MODULES
         elif isinstance(node, ast.ImportFrom):
             found |= {(node.module or "").split(".")[0]} & UNSAFE_MODULES
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & UNSAFE_CALLS
         elif isinstance(node, ast.Call):
             found |= {ast.unparse(node.func)} & UNSAFE_CALLS
     return found
@@ -42,11 +43,27 @@ def uses(source: str) -> set[str]:
 def test_nothing_here_can_unpickle() -> None:
     assert len(MODULES) > 50
     assert {str(path): uses(path.read_text()) for path in MODULES if uses(path.read_text())} == {}
-    assert uses("import pickle.x\nfrom dill import y\ntorch.load(f)") == {
-        "pickle",
-        "dill",
-        "torch.load",
-    }
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle.x", "pickle"),
+        ("from dill import y", "dill"),
+        ("torch.load(f)", "torch.load"),
+        ("from torch import load", "torch.load"),
+        ("from torch import load as read", "torch.load"),
+        ("from numpy import array, load", "numpy.load"),
+        ("eval(text)", "eval"),
+    ],
+)
+def test_what_is_found(source: str, found: str) -> None:
+    assert uses(source) == {found}
+
+
+def test_what_is_not_found() -> None:
+    source = "from torch import save\nfrom json import load\nload(f)\nmodel.load(f)"
+    assert uses(source) == set()
 
 
 class Trap:

@@ -54,6 +54,12 @@ def memory_rates() -> dict[str, float]:
     return rates
 
 
+def host_copy_rate() -> float:
+    """From host memory to where the model computes: a GPU, or host memory itself."""
+    rates = memory_rates()
+    return rates.get("pinned host to device", rates["host memory, read + write"] / 2)
+
+
 def direct_read_rate(folder: Path) -> tuple[float, bool]:
     """Reads a temporary file in ``folder`` as a weight store is read; it is removed again.
 

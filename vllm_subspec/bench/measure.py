@@ -202,7 +202,7 @@ def _differences(
 
 def _engine(session: "Session") -> dict[str, Any]:
     """Memory as planned and as it was, and how fast streamed weights can come."""
-    from vllm_subspec.bench.bandwidth import memory_rates, store_read_rate
+    from vllm_subspec.bench.bandwidth import host_copy_rate, store_read_rate
 
     peak = session.call("peak_memory")  # before probes take memory themselves
     if not _streams(session):
@@ -211,7 +211,7 @@ def _engine(session: "Session") -> dict[str, Any]:
     if not plan["store_bytes"]:
         return {"plan": plan, "peak_bytes": peak, "stream_seconds": 0.0}
     stored = plan["store"]
-    rate = store_read_rate(Path(stored)) if stored else memory_rates()["pinned host to device"]
+    rate = store_read_rate(Path(stored)) if stored else host_copy_rate()
     return {
         "plan": plan | {"store": None},
         "peak_bytes": peak,

@@ -134,10 +134,12 @@ def memory(engine: dict[str, Any]) -> str:
 
     def draw(axes: Axes) -> None:
         plan = engine["plan"]
-        parts = ("resident", "substitute", "ring", "other", "kv", "workspace")
+        parts = ("resident", "substitute", "ring", "other", "kv", "workspace", "drafter")
         left = 0.0
         for number, part in enumerate(parts):
-            size = plan[f"{part}_bytes"] / GIB
+            size = plan.get(f"{part}_bytes", 0) / GIB
+            if part == "drafter" and not size:
+                continue
             colour = f"C{number}"
             axes.barh(1, size, left=left, color=colour, label=f"{part} {size:.2f}", height=0.6)
             left += size

@@ -22,6 +22,11 @@ _PROCESS = {"gpu": 4 * GIB, "cpu": GIB, "ray": 4 * GIB}
 _RAY = 3 * GIB  # raylet, agents and proxy
 _OBJECT_STORE = GIB  # of Ray, in /dev/shm: "object-store-memory" of the RayService
 _CACHES = 8 * GIB  # compiled kernels and graphs, beside the weight stores
+# CPUs: of a pod's own processes, and of each rank. With a GPU a rank only issues its work.
+_CPUS = {"gpu": (2, 2), "cpu": (0, 16), "ray": (4, 2)}
+# Seconds for requests to end in before the engine does. With the sleep of base/deployment.yaml
+# before them they stay below its grace period, and leave it some to free the memory in.
+_DRAIN = 90
 # The plan is fixed by the arguments; the share only has to be large enough for it. A card of
 # 24 GiB names 23.6, and the driver holds back some of them.
 _DEVICE_SHARE = 0.97
@@ -32,6 +37,7 @@ _FETCH_RATE = 50e6  # a hub or a network volume
 _STORE_RATE = 100e6  # a weight store is written, and read once
 _QUANTIZE_RATE = {"gpu": 100e6, "cpu": 2e6, "ray": 100e6}
 _SETTLE = 600  # seconds: compiling, warming up
+_BEFORE = 600  # seconds: the pod before it has ended, volumes are bound, the image is fetched
 PROBE_PERIOD = 10  # seconds, of the start-up probe
 
 
@@ -42,6 +48,8 @@ class Pod:
     memory: int
     shared_memory: int  # /dev/shm, which counts as memory too
     gpus: int
+    cpus: int
+    threads: int  # of each rank, which computes with them; 0 where GPUs compute
     models: int  # volume of the checkpoint
     stores: int  # volume of the weight stores and caches
     start: Mapping[str, float]  # seconds of a slow first start, by what takes them
@@ -65,6 +73,7 @@ def size_pod(target: Target, plan: MemoryPlan, ranks: int, source: str) -> Pod:
         memory += streamed
     else:  # two page-locked layers between disk and device
         memory += 2 * ranks * plan.store_bytes // max(1, len(plan.streamed))
+    own_cpus, rank_cpus = _CPUS[target]
     start = {
         "fetching": checkpoint / _FETCH_RATE,
         "quantizing": streamed / 2 / _QUANTIZE_RATE[target],  # two bytes a weight
@@ -75,6 +84,8 @@ def size_pod(target: Target, plan: MemoryPlan, ranks: int, source: str) -> Pod:
         memory=memory,
         shared_memory=shared,
         gpus=0 if target == "cpu" else ranks,
+        cpus=own_cpus + ranks * rank_cpus,
+        threads=rank_cpus if target == "cpu" else 0,
         models=int(1.1 * checkpoint),
         # The store of another version or another rank count is written beside the one in use.
         stores=_CACHES + (2 * stored if source == "disk" else 0),
@@ -110,7 +121,7 @@ def component(
     if target == "ray":
         patches = [_ray_service(pod, model, arguments)]
     else:
-        patches = [_deployment(pod, model, arguments)]
+        patches = [_deployment(pod, model, arguments | {"shutdown_timeout": _DRAIN})]
     patches += [_claim("models", pod.models), _claim("stores", pod.stores)]
     body = {
         "apiVersion": "kustomize.config.k8s.io/v1alpha1",
@@ -142,18 +153,24 @@ def _told(target: Target, plan: MemoryPlan, pod: Pod, ranks: int) -> Iterator[st
 
 
 def _deployment(pod: Pod, model: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    resources = {"memory": _quantity(pod.memory)}
+    resources = {"cpu": str(pod.cpus), "memory": _quantity(pod.memory)}
     if pod.gpus:
         resources["nvidia.com/gpu"] = str(pod.gpus)
-    container = {
+    failures = math.ceil(sum(pod.start.values()) / PROBE_PERIOD)
+    container: dict[str, Any] = {
         "name": "vllm",
         "args": [model, *options(arguments)],
         "resources": {"requests": resources, "limits": dict(resources)},
-        "startupProbe": {"failureThreshold": math.ceil(sum(pod.start.values()) / PROBE_PERIOD)},
+        "startupProbe": {"failureThreshold": failures},
     }
+    if pod.threads:  # of the pod's CPUs each rank's share
+        container["env"] = [{"name": "OMP_NUM_THREADS", "value": str(pod.threads)}]
     volume = {"medium": "Memory", "sizeLimit": _quantity(pod.shared_memory)}
     spec = {"containers": [container], "volumes": [{"name": "shm", "emptyDir": volume}]}
-    return _merge("apps/v1", "Deployment", NAME, {"template": {"spec": spec}})
+    # By default a rollout has failed after 600 s, while its pod still starts.
+    deadline = failures * PROBE_PERIOD + _BEFORE
+    rollout = {"progressDeadlineSeconds": deadline, "template": {"spec": spec}}
+    return _merge("apps/v1", "Deployment", NAME, rollout)
 
 
 def _ray_service(pod: Pod, model: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +192,7 @@ def _ray_service(pod: Pod, model: str, arguments: Mapping[str, Any]) -> dict[str
     }
     for kind in ("requests", "limits"):
         resources = f"{worker}/containers/0/resources/{kind}"
+        values[f"{resources}/cpu"] = str(pod.cpus)
         values[f"{resources}/memory"] = _quantity(pod.memory)
         values[f"{resources}/nvidia.com~1gpu"] = str(pod.gpus)
     operations = [{"op": "replace", "path": path, "value": value} for path, value in values.items()]

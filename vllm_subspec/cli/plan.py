@@ -21,6 +21,7 @@ from vllm_subspec.core.forecast import Drafted, Forecast, Machine, expected_toke
 from vllm_subspec.core.plan import (
     GATHERED,
     GIB,
+    PACKED_VOCABULARIES,
     PROCESS,
     WORKSPACE,
     Budget,
@@ -41,8 +42,10 @@ _GROUP = 64  # columns, below 8 bits
 _RESERVED = SubspecOptions.parse({}).lookahead  # slots behind each request
 _BLOCK = 128  # tokens: of the CPU, the largest of the defaults
 _BAR = 60  # characters
-# Of `vllm serve` on a CPU, for each rank, unless told otherwise.
-_CPU_TOKENS, _CPU_REQUESTS = 2048, 128
+_CPU_TOKENS = 2048  # of a pass of `vllm serve` on a CPU, for each rank
+# Requests at once for each of full length that the cache holds: most are shorter, and more would
+# only push each other out, which costs passes.
+_REQUESTS = 4
 # Options that a component depends on.
 _DECISIVE = (
     *("model_name", "device_memory", "host_memory", "bits", "tensor_parallel_size"),
@@ -175,13 +178,14 @@ def lay_out(args: argparse.Namespace) -> Layout:
         raise ValueError(f"--max-model-len is {context}, but the model reads {longest} tokens")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{args.model} is already quantized: plan the full-precision model")
-    memory = given_memory or _device_memory()
     # Without a GPU here and without a size the device is this machine's own memory.
     here = given_memory is None and not torch.cuda.is_available()
+    memory = given_memory or _device_memory() // (args.tensor_parallel_size if here else 1)
     device_is_host = args.k8s == "cpu" if args.k8s else here
     workspace = WORKSPACE
     if device_is_host:
-        workspace = _cpu_workspace(config, args.tensor_parallel_size)
+        workspace = _cpu_workspace(config, args.tensor_parallel_size, _REQUESTS * args.batch)
+        shape = replace(shape, other=shape.other + PACKED_VOCABULARIES * shape.head)
     plan, plain = _plans(shape, args, context, memory, workspace)
     stored = plan.store_bytes * args.tensor_parallel_size
     # A pod asks for the host memory that it needs.
@@ -218,6 +222,8 @@ def _notes(shape: ModelShape, plan: MemoryPlan) -> Iterator[str]:
         yield "decoder layers of several sizes are not served: the engine will refuse this model"
     if not plan.streamed:
         yield "nothing has to be streamed: the model fits without"
+    if not plan.substituted:
+        yield "no substitute fits beside the model: serve it without speculation"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -229,12 +235,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--acceptance is {args.acceptance}; allowed: between 0 and 1")
 
 
-def _cpu_workspace(config: Any, ranks: int) -> int:
-    """What the engine counts there (`engine.residency`), with `vllm serve`'s own batches."""
-    tokens, hidden = ranks * _CPU_TOKENS, config.hidden_size
+def _cpu_workspace(config: Any, ranks: int, requests: int) -> int:
+    """What the engine counts there (`engine.residency`) for so many requests at once."""
+    hidden = config.hidden_size
     batch = largest_pass(
-        tokens,
-        ranks * _CPU_REQUESTS * (1 + SubspecOptions.parse({}).num_speculative_tokens),
+        ranks * _CPU_TOKENS,
+        requests * (1 + SubspecOptions.parse({}).num_speculative_tokens),
         hidden=hidden,
         widest=max(getattr(config, "intermediate_size", 0) or 0, hidden),
         vocabulary=config.vocab_size,
@@ -307,10 +313,12 @@ def _arguments(
         layer = plan.store_bytes / len(plan.streamed)
         options["resident_weights_gib"] = round(layers * layer / GIB, 3)
         options["ring_layers"] = max(plan.ring_layers, 2)
-    arguments: dict[str, Any] = {"max_model_len": context}
+    arguments: dict[str, Any] = {"max_model_len": context, "max_num_seqs": _REQUESTS * args.batch}
     if args.tensor_parallel_size > 1:
         arguments["tensor_parallel_size"] = args.tensor_parallel_size
-    return arguments | {"speculative_config": options, "kv_cache_memory_bytes": plan.kv_bytes}
+    if plan.substituted:
+        arguments["speculative_config"] = options
+    return arguments | {"kv_cache_memory_bytes": plan.kv_bytes}
 
 
 def _device_memory() -> int:

@@ -18,6 +18,9 @@ GATHERED = 96 << 20
 """What a process on a CPU gathers under full batches, whatever the model: pages of libraries, code
 of oneDNN for each shape of a product, what the allocator keeps. Measured: 70 to 130 MB, and 20 in a
 process that serves one request at a time."""
+PACKED_VOCABULARIES = 2
+"""On a CPU: copies of an embedding's size. vLLM packs the embedding and the output layer for
+oneDNN, tied or not, and keeps what it packed."""
 _LOGIT_BYTES = 4  # float32
 # Two slots let one layer compute while the next one loads. Further ones only smooth uneven reads,
 # and a resident layer saves more than a slot of its size, so they are taken from what is left.
@@ -32,8 +35,9 @@ class ModelSizes:
     layers: Sequence[int]
     substitutes: Sequence[int]
     other: int  # embeddings, norms, lm_head and all else that always stays
-    kv_per_token: int
+    kv_per_token: int  # of all models that have pages
     workspace: int  # activations, compiled code, the allocator's slack
+    drafter: int = 0  # another model that drafts
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class MemoryPlan:
     ring_bytes: int
     kv_bytes: int
     other_bytes: int
+    drafter_bytes: int
     workspace_bytes: int
     store_bytes: int  # full weights of the streamed layers, in host memory or on disk
     device_bytes: int  # the budget
@@ -68,6 +73,7 @@ class MemoryPlan:
             + self.ring_bytes
             + self.kv_bytes
             + self.other_bytes
+            + self.drafter_bytes
             + self.workspace_bytes
         )
 
@@ -79,6 +85,7 @@ class MemoryPlan:
             (f"ring of {self.ring_layers} layers", self.ring_bytes),
             ("KV cache", self.kv_bytes),
             ("other weights", self.other_bytes),
+            *([("drafting model", self.drafter_bytes)] if self.drafter_bytes else []),
             ("workspace", self.workspace_bytes),
             ("total", self.total),
             ("budget", self.device_bytes),
@@ -153,6 +160,7 @@ def plan_memory(
             ring_bytes=slots * max(sizes.layers[:streamed], default=0),
             kv_bytes=budget.kv_tokens * sizes.kv_per_token,
             other_bytes=sizes.other,
+            drafter_bytes=sizes.drafter,
             workspace_bytes=sizes.workspace,
             store_bytes=sum(sizes.layers[:streamed]),
             device_bytes=budget.device,
@@ -189,6 +197,7 @@ def _shortage(least: MemoryPlan, resident_weights_gib: Literal["auto"] | float) 
         "ring": least.ring_bytes,
         "KV cache": least.kv_bytes,
         "other weights": least.other_bytes,
+        "drafting model": least.drafter_bytes,
         "workspace": least.workspace_bytes,
     }
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)

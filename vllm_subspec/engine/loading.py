@@ -130,7 +130,9 @@ class Loading:
         return build_draft(target, self.substitutes)
 
     def _choose(self, first_layer: nn.Module) -> tuple[int, ...]:
-        self.plan = plan_residency(self._config, self._options, first_layer, self._device)
+        self.plan = plan_residency(
+            self._config, self._options, first_layer, self._device, self._source
+        )
         logger.info("Memory plan, per rank:\n%s", self.plan.describe())
         return self.plan.streamed
 

@@ -30,10 +30,10 @@ KEY = "subspec"
 """Of our options in ``additional_config``."""
 PROPOSER = "vllm_subspec.engine.proposer.DraftProposer"
 WORKERS = {
-    ("subspec", "cpu"): "vllm_subspec.engine.worker.SubspecCPUWorker",
-    ("subspec", "cuda"): "vllm_subspec.engine.worker.SubspecGPUWorker",
-    ("hierspec", "cpu"): "vllm_subspec.engine.worker.HierspecCPUWorker",
-    ("hierspec", "cuda"): "vllm_subspec.engine.worker.HierspecGPUWorker",
+    ("subspec", "cpu"): "vllm_subspec.engine.worker_cpu.SubspecCPUWorker",
+    ("subspec", "cuda"): "vllm_subspec.engine.worker_cuda.SubspecGPUWorker",
+    ("hierspec", "cpu"): "vllm_subspec.engine.worker_cpu.HierspecCPUWorker",
+    ("hierspec", "cuda"): "vllm_subspec.engine.worker_cuda.HierspecGPUWorker",
 }
 
 

@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Sizes of this rank's share of the model, and the memory plan made from them."""
 
-from math import prod
-
 import psutil
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm_subspec.config import SubspecOptions
 from vllm_subspec.core.plan import (
     GATHERED,
+    PACKED_VOCABULARIES,
     WORKSPACE,
     Budget,
     MemoryPlan,
@@ -19,18 +18,26 @@ from vllm_subspec.core.plan import (
     largest_pass,
     plan_memory,
 )
-from vllm_subspec.weights import kernels
+from vllm_subspec.engine.drafter_memory import drafter_memory, kv_per_token
 from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.streamable import streamables_of
 from vllm_subspec.weights.streaming import block_layout
+from vllm_subspec.weights.substitute_source import SubstituteSource
 
 _KV_TOKENS = 16384
 
 
 def plan_residency(
-    config: VllmConfig, options: SubspecOptions, first_layer: nn.Module, device: torch.device
+    config: VllmConfig,
+    options: SubspecOptions,
+    first_layer: nn.Module,
+    device: torch.device,
+    substitutes: SubstituteSource,
 ) -> MemoryPlan:
     """Which layers stay and which are streamed, from the first decoder layer as built.
+
+    Args:
+        substitutes: knows how large they are.
 
     Raises ValueError when no plan fits or the layers hold most of their weight outside linears
     and experts.
@@ -46,24 +53,22 @@ def plan_residency(
             "use another model"
         )
     layers = model.get_num_layers(parallel)
-    substitute = sum(
-        prod(stack)
-        * kernels.estimate_nbytes(options.bits, options.group_size, device, rows, columns)
-        for part in parts.values()
-        for *stack, rows, columns in (parameter.shape for parameter in part.parameters)
-    )
-    kv_heads = model.get_num_kv_heads(parallel)
-    kv = 2 * kv_heads * model.get_head_size() * model.dtype.itemsize * layers
+    substitute = substitutes.estimate_nbytes(parts.values())
+    if device.type == "cuda":
+        packed, workspace = 0, WORKSPACE
+    else:
+        packed = PACKED_VOCABULARIES
+        workspace = _process_bytes() + GATHERED + _activations(config)
+    drafter = drafter_memory(config, options, packed > 0)
+    kv = kv_per_token(model, config) + drafter.kv_per_token
     heads = 1 if getattr(model.hf_text_config, "tie_word_embeddings", False) else 2
     vocabulary = model.get_vocab_size() // parallel.tensor_parallel_size
-    other = heads * vocabulary * model.get_hidden_size() * model.dtype.itemsize
-    if device.type == "cuda":
-        workspace = WORKSPACE
-    else:
-        workspace = _process_bytes() + GATHERED + _activations(config)
+    other = (heads + packed) * vocabulary * model.get_hidden_size() * model.dtype.itemsize
     plan = plan_memory(
-        ModelSizes([streamable] * layers, [substitute] * layers, other, kv, workspace),
-        Budget(_device_bytes(config, device), _kv_tokens(config)),
+        ModelSizes(
+            [streamable] * layers, [substitute] * layers, other, kv, workspace, drafter.weights
+        ),
+        Budget(_device_bytes(config, device), _kv_tokens(config, kv)),
         resident_weights_gib=options.resident_weights_gib,
         ring_layers=options.ring_layers,
         substitute_layers=options.substitute_layers,
@@ -97,17 +102,22 @@ def _activations(config: VllmConfig) -> int:
     )
 
 
-def _kv_tokens(config: VllmConfig) -> int:
+def _kv_tokens(config: VllmConfig, per_token: int) -> int:
     """Tokens to keep room for: what the user asked for, or one request of full length, and up to
-    four where that is little."""
+    four where that is little.
+
+    Args:
+        per_token: bytes of K and V.
+    """
+    blocks = config.cache_config.num_gpu_blocks_override
+    if blocks is not None:
+        return int(blocks * config.cache_config.block_size)
     explicit = config.cache_config.kv_cache_memory_bytes
     if explicit is not None:
-        model, parallel = config.model_config, config.parallel_config
-        per_token = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
-        per_token *= model.dtype.itemsize * model.get_num_layers(parallel)
         return int(explicit) // per_token
     longest = config.model_config.max_model_len
-    return max(longest, min(4 * longest, _KV_TOKENS))
+    # Whole blocks, and one that vLLM never gives out.
+    return max(longest + 2 * config.cache_config.block_size, min(4 * longest, _KV_TOKENS))
 
 
 def _device_bytes(config: VllmConfig, device: torch.device) -> int:

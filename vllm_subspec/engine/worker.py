@@ -4,13 +4,11 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import get_tp_group
-from vllm.model_executor.offloader.base import set_offloader
-from vllm.v1.worker import cpu_worker
+from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_subspec.config import SubspecOptions
@@ -19,10 +17,8 @@ from vllm_subspec.engine.control import DraftingControl, StreamingControl
 from vllm_subspec.engine.failure import FailedOutput
 from vllm_subspec.engine.loading import Loading
 from vllm_subspec.engine.proposer import DraftProposer
-from vllm_subspec.engine.runner import TreeCPUModelRunner, TreeGPUModelRunner
 from vllm_subspec.weights.host_memory import forget_peak
 from vllm_subspec.weights.ring import RingStats
-from vllm_subspec.weights.streaming import RING_OPERATORS
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -144,46 +140,6 @@ class SubspecWorker(StreamingControl, DraftingWorker):
     def shutdown(self) -> None:
         if self.loading.ring is not None:
             self.loading.ring.close()
+        if get_offloader() is self.loading.offloader:  # vLLM's own, of the process, outlives this
+            set_offloader(NoopOffloader())
         super().shutdown()
-
-
-class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
-    def init_device(self) -> None:
-        with _cpu_runner(TreeCPUModelRunner):
-            super().init_device()
-
-
-class _OnGPU(DraftingWorker):
-    def _make_model_runner(self) -> TreeGPUModelRunner:
-        return TreeGPUModelRunner(self.vllm_config, self.device)
-
-
-class HierspecCPUWorker(_OnCPU):
-    pass
-
-
-class HierspecGPUWorker(_OnGPU):
-    pass
-
-
-class SubspecCPUWorker(_OnCPU, SubspecWorker):
-    pass
-
-
-class SubspecGPUWorker(_OnGPU, SubspecWorker):
-    def init_device(self) -> None:
-        # Graphs are cut where blocks are awaited and released (see `method`).
-        if self.vllm_config.compilation_config.splitting_ops:
-            self.vllm_config.compilation_config.splitting_ops += RING_OPERATORS
-        super().init_device()
-
-
-@contextlib.contextmanager
-def _cpu_runner(kind: type[TreeCPUModelRunner]) -> Iterator[None]:
-    """vLLM's CPU worker makes its runner in the middle of `init_device`, by this name."""
-    original = cpu_worker.CPUModelRunner
-    cpu_worker.CPUModelRunner = kind
-    try:
-        yield
-    finally:
-        cpu_worker.CPUModelRunner = original

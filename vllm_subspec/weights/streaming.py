@@ -11,8 +11,10 @@ Around the forward of each streamed layer two operators wait for its block and r
 custom operators that declare the hidden state as changed, so that a compiler keeps them in place.
 """
 
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -208,18 +210,25 @@ class StreamingOffloader(BaseOffloader):
 
     def _count_loads(self, layer: StreamedLayer) -> None:
         """Notice when the checkpoint has delivered every element of the layer's weights."""
+        # vLLM remembers how weights were loaded for as long as the process lives, and only of
+        # methods of their modules it forgets the modules: nothing else may hold them.
+        offloader, loading = weakref.ref(self), weakref.ref(layer)
 
-        def counting(name: str, load: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(*args: Any, **kwargs: Any) -> Any:
+        def counting(name: str, load: MethodType) -> MethodType:
+            unbound = load.__func__
+
+            def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 with CopyCounter() as counter:
-                    result = load(*args, **kwargs)
-                left = layer.missing_numel[name] - counter.copied_numel
-                layer.missing_numel[name] = max(left, 0)
-                if not any(layer.missing_numel.values()):
-                    self._complete(layer)
+                    result = unbound(module, *args, **kwargs)
+                streaming, streamed = offloader(), loading()
+                assert streaming is not None and streamed is not None
+                left = streamed.missing_numel[name] - counter.copied_numel
+                streamed.missing_numel[name] = max(left, 0)
+                if not any(streamed.missing_numel.values()):
+                    streaming._complete(streamed)
                 return result
 
-            return counted
+            return MethodType(counted, load.__self__)
 
         for name, _, parameter in layer.parameters():
             layer.missing_numel[name] = parameter.numel()

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Where substitutes come from: quantized while the target loads, or a low-bit checkpoint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,25 @@ class SubstituteSource:
         """Whether making a substitute takes so long that the result is worth keeping."""
         return self._checkpoint is None and self.quantizer == "hqq"
 
+    def estimate_nbytes(self, parts: Collection[Streamable]) -> int:
+        """Bytes that the substitutes of a layer's ``parts`` will take.
+
+        Raises ValueError when no kernel can hold one of them.
+        """
+        bits: int = self._options.bits
+        group_size: int | None = self._options.group_size
+        if self._checkpoint is not None:
+            # One linear speaks for all: to ask each takes as long as loading them.
+            some = next(iter(parts)).module
+            assert isinstance(some, LinearBase)
+            coded = self._checkpoint.weight(_checkpoint_names(some)[0]).format
+            bits, group_size = coded.bits, coded.group_size
+        shapes = [parameter.shape for part in parts for parameter in part.parameters]
+        return sum(
+            prod(stack) * kernels.estimate_nbytes(bits, group_size, self._device, rows, columns)
+            for *stack, rows, columns in shapes
+        )
+
     def substitute(
         self, part: Streamable, weights: Sequence[torch.Tensor], keep: Keep = at_once
     ) -> Substitute:
@@ -154,9 +174,7 @@ class SubstituteSource:
 
     def _load(self, linear: LinearBase) -> QuantizedWeight:
         assert self._checkpoint is not None
-        parent, _, leaf = linear.prefix.rpartition(".")
-        names = [f"{parent}.{part}" for part in FUSED.get(leaf, (leaf,))]
-        parts = [self._checkpoint.weight(name) for name in names]
+        parts = [self._checkpoint.weight(name) for name in _checkpoint_names(linear)]
         if linear.tp_size > 1:
             parts = [self._shard(linear, i, part) for i, part in enumerate(parts)]
         return QuantizedWeight.concatenate([part.to(self._device) for part in parts])
@@ -176,6 +194,11 @@ class SubstituteSource:
             )
         height = whole.codes.shape[0] // size
         return whole.rows(rank * height, height)
+
+
+def _checkpoint_names(linear: LinearBase) -> list[str]:
+    parent, _, leaf = linear.prefix.rpartition(".")
+    return [f"{parent}.{part}" for part in FUSED.get(leaf, (leaf,))]
 
 
 def _local(name: str) -> Path:

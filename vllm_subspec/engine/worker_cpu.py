@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""The workers on a CPU, whose memory is that of the machine or of a container."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from vllm.utils import cpu_resource_utils
+from vllm.v1.worker import cpu_worker
+
+from vllm_subspec.engine.runner import TreeCPUModelRunner
+from vllm_subspec.engine.worker import DraftingWorker, SubspecWorker
+from vllm_subspec.weights.host_memory import host_memory
+
+
+class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
+    def init_device(self) -> None:
+        with _cpu_runner(TreeCPUModelRunner):
+            super().init_device()
+
+    def determine_available_memory(self) -> int:
+        with _page_cache_is_available():
+            available: int = super().determine_available_memory()
+        return available
+
+
+class HierspecCPUWorker(_OnCPU):
+    pass
+
+
+class SubspecCPUWorker(_OnCPU, SubspecWorker):
+    def determine_available_memory(self) -> int:
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        # vLLM gives K/V whatever the process does not hold yet: also what full batches will need.
+        plan = self.loading.plan
+        return min(available, plan.kv_bytes + plan.device_bytes - plan.total)
+
+
+@contextlib.contextmanager
+def _page_cache_is_available() -> Iterator[None]:
+    """vLLM counts a container's page cache as memory in use. One that has just read a checkpoint
+    larger than its limit would have no room left for any K/V."""
+    original = cpu_worker.get_memory_node_info
+
+    def info(node: int = 0) -> cpu_resource_utils.MemoryNodeInfo:
+        found = original(node)
+        if cpu_resource_utils.get_cgroup_memory_limit() is None:
+            return found  # of the node alone: `host_memory` is of all nodes
+        available = max(found.available_memory, host_memory().available)
+        return replace(found, available_memory=min(available, found.total_memory))
+
+    cpu_worker.get_memory_node_info = info
+    try:
+        yield
+    finally:
+        cpu_worker.get_memory_node_info = original
+
+
+@contextlib.contextmanager
+def _cpu_runner(kind: type[TreeCPUModelRunner]) -> Iterator[None]:
+    """vLLM's CPU worker makes its runner in the middle of `init_device`, by this name."""
+    original = cpu_worker.CPUModelRunner
+    cpu_worker.CPUModelRunner = kind
+    try:
+        yield
+    finally:
+        cpu_worker.CPUModelRunner = original
