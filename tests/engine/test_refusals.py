@@ -231,7 +231,7 @@ def test_a_checkpoint_of_substitute_experts(shape: Any) -> None:
         ({"depth": 513}, "depth", "1 to 512"),
         ({"pruning": "x"}, "pruning", '"dynamic" (drop'),
         ({"draft_depth": 8}, "draft_depth", "did you mean"),
-        ({"group_size": 48}, "group_size", "16, 32, 64"),
+        ({"group_size": 16}, "group_size", "32, 64, 128"),
         ({"quantizer": "gptq"}, "quantizer", '"hqq", "rtn"'),
         ({"resident_weights_gib": -1}, "resident_weights_gib", "GiB"),
         ({"resident_weights_gib": "all"}, "resident_weights_gib", "GiB"),

@@ -8,8 +8,11 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def messages_reach_caplog() -> Iterator[None]:
-    """Also after a test that has registered the plugin, which logs as vLLM does."""
+    """Also after a test that has registered the plugin: it logs what vLLM logs, as vLLM does."""
     logger = logging.getLogger("vllm_subspec")
-    before, logger.propagate = logger.propagate, True
+    before = logger.propagate, logger.level
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
     yield
-    logger.propagate = before
+    logger.propagate = before[0]
+    logger.setLevel(before[1])

@@ -77,7 +77,7 @@ VALID: dict[str, st.SearchStrategy[Given]] = {
             "branching": SMALL,
             "depth": st.integers(1, 512),
             "bits": st.sampled_from([2, 3, 4, 8]),
-            "group_size": st.sampled_from([None, 16, 32, 64, 128, 256, -1]),
+            "group_size": st.sampled_from([None, 32, 64, 128, 256, -1]),
             "quantizer": st.sampled_from([None, "hqq", "rtn"]),
             "resident_weights_gib": st.just("auto") | st.floats(0, 1e6) | SMALL,
             "weight_source": st.sampled_from(["auto", "host", "disk"]),

@@ -36,7 +36,7 @@ from vllm_subspec.weights.quantized_weight import QuantFormat
 
 logger = init_logger(__name__)
 
-_GROUP_SIZES = (64, 32, 16, 128, 256, -1)
+_GROUP_SIZES = (64, 32, 128, 256, -1)
 """Of the option, in the order in which they are advised."""
 
 # Of several for one width, the first that is available.
