@@ -274,8 +274,8 @@ class SubspecOptions(DraftingOptions):
     bits: Literal[2, 3, 4, 8] = Field(4, description="2, 3, 4 or 8")
     group_size: Literal[32, 64, 128, 256, -1] | None = Field(
         None,
-        description="32, 64, 128, 256, -1 (one group per row) or null (64 below 8 bits, one group per "
-        "row at 8)",
+        description="32, 64, 128, 256, -1 (one group per row) or null (64 below 8 bits, one "
+        "group per row at 8)",
     )
     quantizer: Literal["hqq", "rtn"] | None = Field(
         None,
