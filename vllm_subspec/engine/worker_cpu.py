@@ -6,12 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
+from vllm.logger import init_logger
 from vllm.utils import cpu_resource_utils
 from vllm.v1.worker import cpu_worker
 
+from vllm_subspec.core.plan import GIB
 from vllm_subspec.engine.runner import TreeCPUModelRunner
 from vllm_subspec.engine.worker import DraftingWorker, SubspecWorker
 from vllm_subspec.weights.host_memory import host_memory
+
+logger = init_logger(__name__)
 
 
 class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
@@ -36,7 +40,10 @@ class SubspecCPUWorker(_OnCPU, SubspecWorker):
             return available
         # vLLM gives K/V whatever the process does not hold yet: also what full batches will need.
         plan = self.loading.plan
-        return min(available, plan.kv_bytes + plan.device_bytes - plan.total)
+        planned = plan.kv_bytes + plan.device_bytes - plan.total
+        if planned < available:
+            logger.info("K/V gets %.2f GiB: what full batches need stays free", planned / GIB)
+        return min(available, planned)
 
 
 @contextlib.contextmanager
