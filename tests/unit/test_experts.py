@@ -62,9 +62,7 @@ def _experts(gate_up: torch.Tensor, down: torch.Tensor, bits: int) -> Substitute
         (4, 0.25),
     ],
 )
-def test_each_token_gets_its_experts_by_their_weights(
-    tokens: int, bits: int, limit: float
-) -> None:
+def test_each_token_gets_its_experts_by_their_weights(tokens: int, bits: int, limit: float) -> None:
     torch.manual_seed(0)
     gate_up = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN) / HIDDEN**0.5
     down = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE) / INTERMEDIATE**0.5
