@@ -6,7 +6,9 @@
     eval "$(.venv/bin/python scripts/cpu_env.py --ranks 2)" # tensor parallel over two ranks
 
 Prints nothing that is already set, and nothing at all where the environment has no Intel OpenMP
-(a CUDA installation). Run it with the interpreter of the virtual environment.
+(a CUDA installation). Run it with the interpreter of the virtual environment. Where
+VLLM_SUBSPEC_MAX_CPU_ISA is set, the libraries' own variables for it are among what it prints: for
+programs that use torch before its import has ended.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from vllm_subspec.machine import isa
 
 TCMALLOC_NAMES = ("tcmalloc_minimal", "tcmalloc")
 TCMALLOC_FOLDERS = ("/usr/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/lib")
@@ -74,6 +78,8 @@ def main() -> int:
     cores = sorted(os.sched_getaffinity(0))
     try:
         found = cpu_environment(openmp, find_tcmalloc(), cores, arguments.ranks, os.environ)
+        if (asked := isa.cap()) is not None:
+            found |= isa.environment(asked, os.environ)
     except ValueError as error:
         print(f"cpu_env: {error}", file=sys.stderr)
         return 1

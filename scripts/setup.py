@@ -93,7 +93,7 @@ def find_target() -> str:
 
 def inputs_digest(target: str) -> str:
     """SHA-256 over everything that decides what is installed."""
-    files = [ROOT / "pyproject.toml", SHIM / "pyproject.toml", Path(__file__)]
+    files = [ROOT / "pyproject.toml", SHIM / "pyproject.toml", *SHIM.glob("*.py"), Path(__file__)]
     digest = hashlib.sha256(f"{target} {ROOT}".encode())
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

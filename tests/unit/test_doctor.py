@@ -13,6 +13,7 @@ import torch
 from vllm_subspec import __version__
 from vllm_subspec.cli import doctor
 from vllm_subspec.cli.main import main
+from vllm_subspec.machine import isa
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 2.50GHz
@@ -103,6 +104,20 @@ def test_cpu_flags_that_decide() -> None:
     assert (flags.value, flags.status) == ("avx2 avx512_vnni", "ok")
     assert list(doctor.cpu_flags(CPUINFO.format(flags="avx"), "x86_64"))[1].status == "FAIL"
     assert list(doctor.cpu_flags("processor\t: 0\n", "aarch64"))[1].status == "ok"
+
+
+def test_a_bad_cap_on_instructions_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, doctor.Finding]:
+        return {finding.name: finding for finding in doctor.instructions()}
+
+    monkeypatch.setenv(isa.VARIABLE, "nonsense")
+    failure = found()["CPU level, at most"]
+    assert failure.status == "FAIL"
+    assert failure.value == "VLLM_SUBSPEC_MAX_CPU_ISA is 'nonsense', which is no level"
+    assert failure.advice.startswith("unset it, or set it to one that this CPU has (")
+    monkeypatch.delenv(isa.VARIABLE)
+    assert found()["CPU level, at most"].value == "not set"
+    assert found()["torch's kernels"].value == torch.backends.cpu.get_cpu_capability()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
 from vllm_subspec.weights import kernels
+from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
 from vllm_subspec.weights.packed_experts import Order
 from vllm_subspec.weights.quantize import quantize
 from vllm_subspec.weights.substitute_experts import SubstituteExperts
@@ -15,7 +16,7 @@ current_platform.import_kernels()
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU kernels")
 
 CPU = torch.device("cpu")
-EXPERTS, HIDDEN, INTERMEDIATE = 5, 128, 96
+EXPERTS, HIDDEN, INTERMEDIATE = 5, 128, 192
 # AMX packs bfloat16 only.
 ORDERS = [("vec", torch.float32), ("vec", torch.bfloat16)]
 if torch.cpu._is_amx_tile_supported():
@@ -39,8 +40,8 @@ def test_experts_in_the_checkpoints_order_stay_where_they_are() -> None:
     assert order.pack(weight) is order.unpack(weight) is weight
 
 
-def _experts(gate_up: torch.Tensor, down: torch.Tensor) -> SubstituteExperts:
-    kernel, fmt = kernels.choose(8, None, CPU, torch.float32)
+def _experts(gate_up: torch.Tensor, down: torch.Tensor, bits: int) -> SubstituteExperts:
+    kernel, fmt = kernels.choose(bits, None, CPU, torch.float32)
 
     def made(weights: torch.Tensor) -> list[kernels.SubstituteKernel]:
         return [kernel(quantize(weight, fmt, "rtn"), torch.float32) for weight in weights]
@@ -49,7 +50,19 @@ def _experts(gate_up: torch.Tensor, down: torch.Tensor) -> SubstituteExperts:
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_each_token_gets_its_experts_by_their_weights(tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "limit"),
+    [
+        pytest.param(
+            *(8, 0.04),
+            marks=pytest.mark.skipif(
+                not OneDnnInt8Kernel.available(CPU, torch.float32), reason="this CPU has no VNNI"
+            ),
+        ),
+        (4, 0.25),
+    ],
+)
+def test_each_token_gets_its_experts_by_their_weights(tokens: int, bits: int, limit: float) -> None:
     torch.manual_seed(0)
     gate_up = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN) / HIDDEN**0.5
     down = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE) / INTERMEDIATE**0.5
@@ -64,8 +77,8 @@ def test_each_token_gets_its_experts_by_their_weights(tokens: int) -> None:
             gate, up = (gate_up[expert] @ x[token]).chunk(2)
             hidden = functional.silu(gate) * up
             expected[token] += weights[token, place] * (down[expert] @ hidden)
-    experts = _experts(gate_up, down)
+    experts = _experts(gate_up, down, bits)
     got = experts(x, weights, chosen, MoEActivation.SILU)
 
     errors = (got - expected).norm(dim=1) / expected.norm(dim=1)
-    assert errors.max() < 0.04  # 8 bits; another expert or weight would be of the order of 1
+    assert errors.max() < limit  # another expert or weight would be of the order of 1

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from vllm.platforms import current_platform
 
 from vllm_subspec.weights import kernels
-from vllm_subspec.weights.kernels import SubstituteKernel, choice, cpu_int4_vnni, native
+from vllm_subspec.weights.kernels import (
+    SubstituteKernel,
+    choice,
+    cpu_int4_vnni,
+    mixed_precision,
+    native,
+)
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
 from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
@@ -339,6 +345,8 @@ def test_vllm_mixed_precision_layout(
     fmt: QuantFormat, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same parameters as on CUDA, read by vLLM's CPU kernel of the same format."""
+    if (reason := mixed_precision.no_w4a16()) is not None:
+        pytest.skip(reason)
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")  # a layout of its own, where there is AMX
     weight = coded(96, 512, fmt)
     kernel = MixedPrecisionKernel(weight, dtype)

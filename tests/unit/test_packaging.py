@@ -20,13 +20,16 @@ import pytest
 from packaging.requirements import Requirement
 
 import vllm_subspec
+from vllm_subspec.machine import isa
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHIM = tomllib.loads((ROOT / "packaging/vllm-cpu-shim/pyproject.toml").read_text())["project"]
+SHIM_MODULE, _, _ = SHIM["entry-points"]["torch.backends"]["vllm_cpu_isa"].partition(":")
 CPU_ENV = ROOT / "scripts" / "cpu_env.py"
 SET_BY_CPU_ENV = (
     *("LD_PRELOAD", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"),
+    *(isa.VARIABLE, *isa.VALUES),
 )
 
 
@@ -150,6 +153,26 @@ def test_cpu_environment_keeps_what_is_set_and_refuses_too_many_ranks() -> None:
     refused = cpu_env("--ranks", "100000")
     assert refused.returncode == 1
     assert "--ranks is 100000: give a number from 1 to" in refused.stderr
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("level", isa.machine_levels()[:1], ids=lambda level: level.name)
+def test_cpu_environment_has_the_libraries_caps(level: isa.Level) -> None:
+    printed = cpu_env(**{isa.VARIABLE: level.name}).stdout
+    assert {f"export {name}={value}" for name, value in level.variables.items()} <= set(
+        printed.splitlines()
+    )
+    refused = cpu_env(**{isa.VARIABLE: "nonsense"})
+    assert refused.returncode == 1
+    assert "VLLM_SUBSPEC_MAX_CPU_ISA is 'nonsense', which is no level" in refused.stderr
+
+
+def test_a_change_of_the_shims_module_installs_it_again(checkout: Path) -> None:
+    setup = load_setup(checkout)
+    before = setup.inputs_digest("cpu")
+    module = checkout / "packaging" / "vllm-cpu-shim" / f"{SHIM_MODULE}.py"
+    module.write_text(module.read_text() + "\n")
+    assert setup.inputs_digest("cpu") != before
 
 
 def test_cores_are_split_evenly() -> None:

@@ -20,6 +20,7 @@ from vllm_subspec.config import METHODS
 from vllm_subspec.engine import method as methods
 from vllm_subspec.engine import refusals
 from vllm_subspec.engine.method import KEY
+from vllm_subspec.machine import isa
 from vllm_subspec.weights.streaming import StreamedLayer, StreamingOffloader
 
 ARGS: dict[str, Any] = {
@@ -30,6 +31,7 @@ ARGS: dict[str, Any] = {
     "offload_group_size": 0,
     "spec_tokens": None,
     "additional_config": None,
+    "kv_cache_dtype": "auto",
 }
 MODEL: dict[str, Any] = {
     "runner_type": "generate",
@@ -44,6 +46,9 @@ MODEL: dict[str, Any] = {
     "using_transformers_backend": lambda: False,
     "architecture": "LlamaForCausalLM",
     "enable_sleep_mode": False,
+    "model": "some/model",
+    "hf_config": SimpleNamespace(),
+    "model_arch_config": SimpleNamespace(quantization_config=None),
 }
 PARALLEL: dict[str, Any] = {
     "worker_cls": "auto",
@@ -177,6 +182,80 @@ def test_what_an_engine_cannot_have(method: str, changes: dict[str, Any], reason
 def test_what_an_engine_can_have(method: str) -> None:
     check(method, {})
     check(method, {"async_scheduling": False, "cpu_offload_gb": 0.0})
+
+
+# The CPU's instructions
+
+PACKED = {"weights": {"num_bits": 4, "type": "int"}, "input_activations": None}
+
+
+@pytest.fixture
+def without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: True))
+    monkeypatch.setattr(refusals.mixed_precision, "no_w4a16", lambda: "no such kernel")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.delenv(isa.VARIABLE, raising=False)
+
+
+@pytest.mark.usefixtures("without_avx512")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_fp8_kv_without_avx512_is_refused(
+    method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        check(method, {"kv_cache_dtype": kind})
+    assert str(refused.value) == (
+        f'method "{method}" would keep K/V in {kind}, for which vLLM needs AVX-512, but '
+        f"--kv-cache-dtype is {kind}: use auto, and a checkpoint that names no K/V format"
+    )
+    asked = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}
+    with pytest.raises(ValueError, match="K/V in fp8.* --kv-cache-dtype is auto: use auto, and a"):
+        check(method, {"hf_config": SimpleNamespace(quantization_config=asked)})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    check(method, {"kv_cache_dtype": kind})
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, True),
+        ({"quant_method": "gptq", "bits": 8}, False),
+        ({"quant_method": "awq", "w_bit": 4}, True),
+        ({"quant_method": "bitsandbytes", "bits": 4}, False),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": PACKED}}, True),
+        (
+            {"config_groups": {"group_0": PACKED | {"input_activations": {"num_bits": 8}}}},
+            False,
+        ),
+        ({"config_groups": {"a": {"weights": {"num_bits": 8, "type": "int"}}, "b": PACKED}}, True),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}}}, False),
+        ({"config_groups": {"group_0": {"weights": None}}}, False),
+    ],
+)
+def test_w4a16_without_its_kernel_is_refused(
+    config: dict[str, Any], refused: bool, without_avx512: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = SimpleNamespace(quantization_config=config)
+    changes = {"quantization": "some", "model_arch_config": quantized}
+    if refused:
+        with pytest.raises(ValueError) as caught:
+            check("hierspec", changes)
+        assert str(caught.value) == 'method "hierspec" cannot run some/model: no such kernel'
+    else:
+        check("hierspec", changes)
+    monkeypatch.setattr(refusals.mixed_precision, "no_w4a16", lambda: None)
+    check("hierspec", changes)
+
+
+@pytest.mark.usefixtures("without_avx512")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_cap_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(isa.VARIABLE, "nonsense")
+    with pytest.raises(ValueError, match="^VLLM_SUBSPEC_MAX_CPU_ISA is 'nonsense', which is no "):
+        check(method, {})
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    check(method, {"kv_cache_dtype": "fp8"})  # a GPU's affair
 
 
 # The platform

@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 from vllm_subspec import __version__
 from vllm_subspec.bench.bandwidth import PROBE_BYTES, direct_read_rate, memory_rates
 from vllm_subspec.config import SubspecOptions
+from vllm_subspec.machine import isa
 from vllm_subspec.weights.store_format import StoreReadError
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33")
@@ -135,6 +136,7 @@ def device() -> Iterator[Finding]:
         advice = f"install vllm{SUPPORTED_VLLM}, which brings a CUDA torch, and check the driver"
         yield fail(section, "NVIDIA GPU", value, advice)
     yield from cpu_flags(Path("/proc/cpuinfo").read_text(), platform.machine())
+    yield from instructions()
     yield from thread_hints(cores)
     yield from compiler_hint()
 
@@ -165,6 +167,24 @@ def cpu_flags(cpuinfo: str, machine: str) -> Iterator[Finding]:
         yield fail("device", "CPU flags", "no avx2", advice)
     else:
         yield Finding("device", "CPU flags", present or "none of those looked for")
+
+
+def instructions() -> Iterator[Finding]:
+    """The level of this CPU, the cap on it, and what the libraries make of both."""
+    section, machine = "device", isa.machine_level()
+    yield Finding(section, "CPU level", "none" if machine is None else machine.name)
+    try:
+        isa.check()
+    except ValueError as error:
+        problem, _, advice = str(error).partition(": ")
+        yield fail(section, "CPU level, at most", problem, advice)
+    else:
+        yield Finding(section, "CPU level, at most", os.environ.get(isa.VARIABLE) or "not set")
+    yield Finding(section, "torch's kernels", torch.backends.cpu.get_cpu_capability())
+    yield Finding(section, "vLLM's library", isa.loaded_vllm_library() or "none loaded")
+    for name in isa.VALUES:
+        if name in os.environ:
+            yield Finding(section, name, os.environ[name])
 
 
 def thread_hints(cores: int) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 
 from vllm_subspec.config import HierspecOptions, SubspecOptions
+from vllm_subspec.engine import refusals
 
 
 def speculative_config(
@@ -76,6 +77,10 @@ def _readable(
         raise ValueError(
             f'speculative_config key "{key}" is {model!r}, which cannot be read: {reason}'
         ) from error
+    if (weights := refusals.of_weights(found)) is not None:
+        raise ValueError(
+            f'speculative_config key "{key}" is {model!r}, which cannot run: {weights}'
+        )
     return found
 
 

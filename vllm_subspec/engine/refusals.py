@@ -5,11 +5,18 @@
 Nothing falls back silently: each refusal is one sentence that names the option and what to do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+from vllm_subspec.machine import isa
+from vllm_subspec.weights.kernels import mixed_precision
 
 
 def check(
@@ -19,6 +26,9 @@ def check(
     reasons = [*_reasons(args, model_config, parallel_config)]
     if method == "subspec":
         reasons += _streaming_reasons(args, model_config, parallel_config)
+    if current_platform.is_cpu():
+        isa.check()
+        reasons += _cpu_reasons(args, model_config)
     for wrong, reason in reasons:
         if wrong:
             raise ValueError(f'method "{method}" {reason}')
@@ -32,6 +42,31 @@ def of_request(params: SamplingParams) -> str | None:
             "thinking_token_budget from the request, or serve it without speculation"
         )
     return None
+
+
+def of_weights(model: ModelConfig) -> str | None:
+    """Why no kernel here multiplies by a checkpoint's quantized weights; None if one does."""
+    if model.quantization is None or not current_platform.is_cpu():
+        return None
+    config = model.model_arch_config.quantization_config
+    return mixed_precision.no_w4a16() if config and _has_w4a16(config) else None
+
+
+def _has_w4a16(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has integer weights of 4 bits and activations as they come.
+
+    Args:
+        config: what its config.json says about quantization.
+    """
+    if "config_groups" not in config:
+        bits = config.get("bits", config.get("w_bit"))
+        return bits == 4 and config.get("quant_method") in ("gptq", "awq", "auto-round")
+    for group in config["config_groups"].values():
+        weights = group.get("weights") or {}
+        integers = weights.get("num_bits") == 4 and weights.get("type") == "int"
+        if integers and not group.get("input_activations"):
+            return True
+    return False
 
 
 def _reasons(
@@ -92,6 +127,17 @@ def _reasons(
         "has not been tested with sliding-window attention: use --disable-sliding-window or "
         "another model",
     )
+
+
+def _cpu_reasons(args: EngineArgs, model: ModelConfig) -> Iterator[tuple[bool, str]]:
+    kv = resolve_kv_cache_dtype_string(args.kv_cache_dtype, model)
+    yield (
+        kv.startswith("fp8") and not torch.cpu._is_avx512_supported(),
+        f"would keep K/V in {kv}, for which vLLM needs AVX-512, but --kv-cache-dtype is "
+        f"{args.kv_cache_dtype}: use auto, and a checkpoint that names no K/V format",
+    )
+    reason = of_weights(model)
+    yield reason is not None, f"cannot run {model.model}: {reason}"
 
 
 def _streaming_reasons(

@@ -143,6 +143,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "fast_build",
     ),
     "vllm.utils.torch_utils:is_quantized_kv_cache": ("kv_cache_dtype",),
+    "vllm.utils.torch_utils:resolve_kv_cache_dtype_string": ("kv_cache_dtype", "model_config"),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": (
         "common_prefix_len",
         "common_attn_metadata",

@@ -20,6 +20,20 @@ from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 _GROUPS = (128, 64, 32)  # what Marlin has; larger groups are split
 
 
+def no_w4a16() -> str | None:
+    """Why vLLM's CPU build has no product by 4-bit weights in this process; None if it has one.
+
+    vLLM chooses its kernel all the same, and fails at the first product.
+    """
+    current_platform.import_kernels()
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return None
+    return (
+        "vLLM's library for CPUs without AVX-512 has no product of 4-bit weights and unquantized "
+        "activations (W4A16), so use an unquantized checkpoint or another CPU"
+    )
+
+
 class MixedPrecisionKernel(SubstituteKernel):
     """vLLM's own W4A16 and W8A16 linears, given the parameters of a compressed-tensors checkpoint.
 
