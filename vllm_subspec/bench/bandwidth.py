@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vllm_subspec.machine.rates import largest_cache
 from vllm_subspec.weights.direct_io import BlockReader, DirectFile, Extent, aligned_buffer
 
 PROBE_BYTES = 256 << 20
@@ -28,13 +29,6 @@ def copy_rate(target: Tensor, source: Tensor, seconds: float = 0.5) -> float:
         fastest = min(fastest, time.perf_counter() - start)
         rounds += 1
     return source.nbytes / fastest
-
-
-def largest_cache() -> int:
-    """Bytes of the CPU's largest cache; 0 where the kernel does not tell it."""
-    folder = Path("/sys/devices/system/cpu/cpu0/cache")
-    sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
-    return max((int(size.removesuffix("K")) << 10 for size in sizes), default=0)
 
 
 def memory_rates() -> dict[str, float]:

@@ -167,7 +167,7 @@ def make_plan(args: argparse.Namespace) -> Planned:
 
 
 def lay_out(args: argparse.Namespace) -> Layout:
-    """Raises ValueError as `make_plan` does. Measures nothing."""
+    """Raises ValueError as `make_plan` does. Measures nothing but, once, this CPU's kernels."""
     _check(args)
     given_memory = parse_bytes(args.device_memory) if args.device_memory else None
     given_host = parse_bytes(args.host_memory) if args.host_memory else None
@@ -185,7 +185,8 @@ def lay_out(args: argparse.Namespace) -> Layout:
     workspace = WORKSPACE
     if device_is_host:
         workspace = _cpu_workspace(config, args.tensor_parallel_size, _REQUESTS * args.batch)
-        shape = replace(shape, other=shape.other + PACKED_VOCABULARIES * shape.head)
+        copies = PACKED_VOCABULARIES if args.k8s else _packed_vocabularies(config)
+        shape = replace(shape, other=shape.other + copies * shape.head)
     plan, plain = _plans(shape, args, context, memory, workspace)
     stored = plan.store_bytes * args.tensor_parallel_size
     # A pod asks for the host memory that it needs.
@@ -193,6 +194,15 @@ def lay_out(args: argparse.Namespace) -> Layout:
     source = choose_tier(stored, host, device_is_host)
     arguments = _arguments(args, context, source, plan)
     return Layout(shape, plan, plain, source, device_is_host, arguments)
+
+
+def _packed_vocabularies(config: Any) -> int:
+    """Of this CPU: what an engine here does."""
+    from vllm_subspec.weights.resident_linear import replaces_vllm  # imports vLLM
+
+    dtype = getattr(config, "dtype", None)
+    full = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return 0 if replaces_vllm(full) else PACKED_VOCABULARIES
 
 
 def _served(args: argparse.Namespace) -> str:

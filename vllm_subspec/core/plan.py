@@ -19,8 +19,8 @@ GATHERED = 96 << 20
 of oneDNN for each shape of a product, what the allocator keeps. Measured: 70 to 130 MB, and 20 in a
 process that serves one request at a time."""
 PACKED_VOCABULARIES = 2
-"""On a CPU: copies of an embedding's size. vLLM packs the embedding and the output layer for
-oneDNN, tied or not, and keeps what it packed."""
+"""On a CPU whose packed linears are vLLM's: copies of an embedding's size. vLLM packs the embedding
+and the output layer for oneDNN, tied or not, and keeps what it packed."""
 _LOGIT_BYTES = 4  # float32
 # Two slots let one layer compute while the next one loads. Further ones only smooth uneven reads,
 # and a resident layer saves more than a slot of its size, so they are taken from what is left.

@@ -20,6 +20,7 @@ from vllm_subspec.core.plan import (
 )
 from vllm_subspec.engine.drafter_memory import drafter_memory, kv_per_token
 from vllm_subspec.weights.host_memory import host_memory
+from vllm_subspec.weights.resident_linear import replaces_vllm
 from vllm_subspec.weights.streamable import streamables_of
 from vllm_subspec.weights.streaming import block_layout
 from vllm_subspec.weights.substitute_source import SubstituteSource
@@ -57,7 +58,7 @@ def plan_residency(
     if device.type == "cuda":
         packed, workspace = 0, WORKSPACE
     else:
-        packed = PACKED_VOCABULARIES
+        packed = 0 if replaces_vllm(model.dtype) else PACKED_VOCABULARIES
         workspace = _process_bytes() + GATHERED + _activations(config)
     drafter = drafter_memory(config, options, packed > 0)
     kv = kv_per_token(model, config) + drafter.kv_per_token

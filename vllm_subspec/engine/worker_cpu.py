@@ -5,6 +5,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.utils import cpu_resource_utils
@@ -14,6 +15,7 @@ from vllm_subspec.core.plan import GIB
 from vllm_subspec.engine.runner import TreeCPUModelRunner
 from vllm_subspec.engine.worker import DraftingWorker, SubspecWorker
 from vllm_subspec.weights.host_memory import host_memory
+from vllm_subspec.weights.resident_linear import resident_linears
 
 logger = init_logger(__name__)
 
@@ -22,6 +24,10 @@ class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
     def init_device(self) -> None:
         with _cpu_runner(TreeCPUModelRunner):
             super().init_device()
+
+    def load_model(self, **kwargs: Any) -> None:
+        with resident_linears():
+            super().load_model(**kwargs)
 
     def determine_available_memory(self) -> int:
         with _page_cache_is_available():

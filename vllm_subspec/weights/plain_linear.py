@@ -2,87 +2,135 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Full-precision linears over a plain weight: one that lies in a buffer which will be refilled.
 
-Fast kernels repack a weight into memory of their own and cannot be pointed at a ring slot. On the
-CPU the storage order of the weight in the slot, and the call, are chosen to lose little by that
-(one thread, Cascade Lake, 2048 x 2048, speed-up over vLLM's packed oneDNN kernel):
-
-    weight      CPU                 order      call                          M=1    M=33   M=65
-    float32     any                 [out, in]  oneDNN on the plain weight    1.0    0.9    0.9
-    bfloat16    without bf16 units  [in, out]  float32 blocks, see below     0.9    2.6    3.2
-    bfloat16    with bf16 units     [out, in]  oneDNN on the plain weight    not measured
-
-Without bf16 units a bf16 matrix product runs at a quarter of float32's speed. So blocks of the
-weight are widened into a small float32 scratch that stays in cache, and multiplied there: the same
-products as bf16 hardware makes, summed in float32.
+The fast kernels of libraries repack a weight into memory of their own and cannot be pointed at a
+ring slot. On a CPU our own (csrc/full_linear.h) reads the weight as a checkpoint has it, at the
+speed of memory; a token's result does not depend on its batch. Libraries have products over a plain
+weight, too: which of them is faster from how many tokens on is measured.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.nn import functional
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import direct_register_custom_op
 
-# Elements of the float32 scratch: 1 MiB, small enough for L2.
-_SCRATCH = 1 << 18
-# Fewer rows than this do not repay the widening of the weight.
-_WIDEN_FROM = 3
+from vllm_subspec.weights.kernels import measured, native
+from vllm_subspec.weights.kernels.compiler import BuildError
+
+logger = init_logger(__name__)
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``x`` [M, K], weight [N, K] and bias [N] or None, to [M, N], all of one dtype."""
+
+OWN, ONEDNN, TORCH = "own", "oneDNN", "torch"
+
+_CLEARLY = 1.3
+"""How many times as fast another must be than our own, whose results do not depend on the batch: a
+pass that verifies then computes what single tokens would have."""
 
 
-def stores_transposed(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights [out, in] of this type are kept as [in, out] for this device."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and not torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-    )
+def _own(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.vllm_subspec.linear.default(x, weight, bias)
+    return out
 
 
-def plain_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``x`` [..., in] times ``weight`` [out, in], plus ``bias`` [out]; of ``x``'s type.
-
-    ``weight`` may be the transpose of a contiguous [in, out] matrix (`stores_transposed`).
-    """
-    if x.device.type != "cpu":
-        return functional.linear(x, weight, bias)
-    return torch.ops.vllm.subspec_plain_linear(x, weight, bias)
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
 
 
-def _plain_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if weight.is_contiguous():
-        out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    elif rows.shape[0] < _WIDEN_FROM:
-        out = torch.mm(rows, weight.t())
-        out = out if bias is None else out + bias
-    else:
-        out = _widened(rows, weight.t(), bias)
-    return out.view(*x.shape[:-1], weight.shape[0])
+_LINEARS: dict[str, Linear] = {OWN: _own, ONEDNN: _onednn, TORCH: functional.linear}
 
 
-def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x`` [m, in] times ``weight`` [in, out], both bf16, in float32."""
-    inner, outer = weight.shape
-    block = max(32, _SCRATCH // outer // 32 * 32)
-    scratch = torch.empty(min(block, inner), outer, dtype=torch.float32)
-    out = torch.zeros(x.shape[0], outer, dtype=torch.float32)
-    wide = x.float()
-    for start in range(0, inner, block):
-        part = weight[start : start + block]
-        out.addmm_(wide[:, start : start + block], scratch[: part.shape[0]].copy_(part))
-    if bias is not None:
-        out += bias
-    return out.to(x.dtype)
+def own_linear(dtype: torch.dtype) -> Linear | None:
+    """Our own linear on this CPU; None where there is none, or one that computes wrong."""
+    return _own if _own_is_right(dtype) else None
 
 
-def _plain_linear_shape(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def plain_linear(device: torch.device, dtype: torch.dtype) -> Linear:
+    """The linear for weights of ``dtype`` that lie on ``device``."""
+    if device.type != "cpu":
+        return functional.linear
+    only_own = {name for _, name in choice(dtype)} == {OWN}
+    linear: Linear = _own if only_own else torch.ops.vllm.subspec_plain_linear
+    return linear
+
+
+@functools.cache
+def choice(dtype: torch.dtype) -> tuple[tuple[int, str], ...]:
+    """Which linear computes from how many tokens on, the fewest first."""
+    return steps(measure(dtype))
+
+
+def steps(found: dict[str, measured.Seconds]) -> tuple[tuple[int, str], ...]:
+    """The fastest by tokens; our own unless another is clearly faster."""
+    chosen: list[tuple[int, str]] = []
+    for tokens in measured.TOKENS:
+        best = min(found, key=lambda name: found[name][tokens])
+        if OWN in found and found[OWN][tokens] < _CLEARLY * found[best][tokens]:
+            best = OWN
+        if not chosen or chosen[-1][1] != best:
+            chosen.append((tokens, best))
+    return tuple(chosen)
+
+
+@functools.cache
+def measure(dtype: torch.dtype) -> dict[str, measured.Seconds]:
+    """Seconds of a product with each linear that this CPU has, by name and tokens."""
+    names = [OWN, ONEDNN, TORCH] if _own_is_right(dtype) else [ONEDNN, TORCH]
+    rows, columns = measured.SHAPE
+
+    def candidate(linear: Linear) -> measured.Candidate:
+        def make() -> measured.Product:
+            weight = torch.full((rows, columns), 1 / columns, dtype=dtype)
+            return lambda x: linear(x, weight, None)
+
+        return measured.Candidate(make, rows * columns * dtype.itemsize)
+
+    family = f"full precision, {str(dtype).removeprefix('torch.')}"
+    return measured.seconds(family, {name: candidate(_LINEARS[name]) for name in names})
+
+
+@functools.cache
+def _own_is_right(dtype: torch.dtype) -> bool:
+    """Load and check our own linear once per process; log why if that fails."""
+    try:
+        native.load()
+        _check(dtype)
+    except BuildError as error:
+        logger.warning("No %r linear for %s, so slower ones are used: %s", OWN, dtype, error)
+        return False
+    return True
+
+
+def _check(dtype: torch.dtype) -> None:
+    """Compare with float64 on small whole numbers, which every dtype has; BuildError if it
+    differs."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randint, -2, 3, generator=generator)
+    for rows, columns in ((40, 64), (70, 1100)):
+        weight, bias = draw((rows, columns)).to(dtype), draw((rows,)).to(dtype)
+        for tokens in (1, 2, 5, 17):
+            x = draw((tokens, columns)).to(dtype)
+            exact = x.double() @ weight.double().T + bias.double()
+            if not torch.equal(_own(x, weight, bias), exact.to(dtype)):
+                raise BuildError("it computes wrong results on this CPU")
+
+
+def _dispatch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    for tokens, name in reversed(choice(x.dtype)):
+        if x.shape[0] >= tokens:
+            break
+    return _LINEARS[name](x, weight, bias)
+
+
+def _dispatch_shape(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 direct_register_custom_op(
-    "subspec_plain_linear", _plain_linear, mutates_args=[], fake_impl=_plain_linear_shape
+    "subspec_plain_linear", _dispatch, mutates_args=[], fake_impl=_dispatch_shape
 )

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The modules of a decoder layer whose weights can be streamed: linears and fused experts.
 
-A weight has two orders: the checkpoint's, from which substitutes are made, and the one that its
-kernel reads, in which it is kept and streamed. So a block is computed from where it lies.
+Experts have two orders: the checkpoint's, from which substitutes are made, and the one that their
+kernel reads, in which they are kept and streamed. So a block is computed from where it lies.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_subspec.weights import packed_experts
-from vllm_subspec.weights.plain_linear import plain_linear, stores_transposed
+from vllm_subspec.weights.plain_linear import Linear, plain_linear
 
 
 class Streamable(ABC):
@@ -50,10 +50,6 @@ class Streamable(ABC):
     def parameters(self) -> list[nn.Parameter]:
         return [self.parameter(name) for name in self.names]
 
-    def kept_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Of a weight in the order in which it is kept."""
-        return tuple(parameter.shape)
-
     @abstractmethod
     def stream(self, on_loaded: Callable[[], None]) -> None:
         """From now on compute from weights that are refilled.
@@ -70,34 +66,24 @@ class Streamable(ABC):
     def original(self, kept: torch.Tensor) -> torch.Tensor:
         """A kept weight in the checkpoint's order."""
 
-    @abstractmethod
-    def computed_from(self, kept: torch.Tensor) -> torch.Tensor:
-        """A view of a kept weight as the parameter that the forward reads."""
-
 
 class StreamableLinear(Streamable):
     names = ("weight",)
+    order = "out, in"
 
     def __init__(self, module: LinearBase) -> None:
         super().__init__(module)
-        weight = module.weight
-        self._transposed = stores_transposed(weight.device, weight.dtype)
-        self.order = "in, out" if self._transposed else "out, in"
-
-    def kept_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        return tuple(self.kept(parameter).shape)
 
     def stream(self, on_loaded: Callable[[], None]) -> None:
-        self.module.quant_method = StreamedLinearMethod(on_loaded)
+        weight = self.parameter("weight")
+        linear = plain_linear(weight.device, weight.dtype)
+        self.module.quant_method = StreamedLinearMethod(linear, on_loaded)
 
     def kept(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.t() if self._transposed else weight
+        return weight
 
     def original(self, kept: torch.Tensor) -> torch.Tensor:
-        return self.kept(kept)
-
-    def computed_from(self, kept: torch.Tensor) -> torch.Tensor:
-        return self.kept(kept)
+        return kept
 
 
 class StreamableExperts(Streamable):
@@ -122,9 +108,6 @@ class StreamableExperts(Streamable):
 
     def original(self, kept: torch.Tensor) -> torch.Tensor:
         return self._order.unpack(kept)
-
-    def computed_from(self, kept: torch.Tensor) -> torch.Tensor:
-        return kept
 
 
 def streamables_of(layer: nn.Module) -> dict[str, Streamable]:
@@ -161,8 +144,9 @@ class StreamedLinearMethod(UnquantizedLinearMethod):
     # The weight is in host memory while it loads, and is not to be moved to a GPU and back.
     requires_device_loading = False
 
-    def __init__(self, on_loaded: Callable[[], None]) -> None:
+    def __init__(self, linear: Linear, on_loaded: Callable[[], None]) -> None:
         super().__init__()
+        self._linear = linear
         self._on_loaded = on_loaded
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -173,7 +157,8 @@ class StreamedLinearMethod(UnquantizedLinearMethod):
     ) -> torch.Tensor:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        return plain_linear(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        return self._linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 class StreamedExpertsMethod(UnquantizedFusedMoEMethod):

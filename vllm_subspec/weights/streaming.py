@@ -87,8 +87,8 @@ class StreamedLayer:
     def point_at(self, slot: torch.Tensor) -> None:
         """Make every weight a view into ``slot``."""
         views = self.layout.views(slot)
-        for name, part, parameter in self.parameters():
-            parameter.data = part.computed_from(views[name])
+        for name, _, parameter in self.parameters():
+            parameter.data = views[name]
 
 
 Absorb = Callable[[StreamedLayer], None]
@@ -99,8 +99,8 @@ def block_layout(name: str, parts: Mapping[str, Streamable]) -> BlockLayout:
     return BlockLayout(
         name,
         tuple(
-            TensorSpec(key, part.kept_shape(parameter), parameter.dtype)
-            for key, part, parameter in _parameters(parts)
+            TensorSpec(key, tuple(parameter.shape), parameter.dtype)
+            for key, _, parameter in _parameters(parts)
         ),
     )
 

@@ -112,7 +112,8 @@ class SubstituteSource:
             bits, group_size = coded.bits, coded.group_size
         shapes = [parameter.shape for part in parts for parameter in part.parameters]
         return sum(
-            prod(stack) * kernels.estimate_nbytes(bits, group_size, self._device, rows, columns)
+            prod(stack)
+            * kernels.estimate_nbytes(bits, group_size, self._device, self._dtype, rows, columns)
             for *stack, rows, columns in shapes
         )
 

@@ -1,49 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Which kernel carries which width on which device, by measurement.
+"""Which kernel carries which width on which device.
 
-CPU figures: speed-up over vLLM's resident bfloat16 linear of the same shape (2048 x 2048), one
-thread on A, weights rotating out of cache; error relative to float64 with the unquantised Gaussian
-weight. A: Xeon with VNNI and no bfloat16 instructions
-(``benchmarks/results/kernels-cpu.json``). B: AMD with AVX512-BF16, two threads.
-
-| kernel | A, 1 token | A, 4 | A, 17 | A, 33 | B, 1 | B, 6 | B, 33 | error |
-|---|---|---|---|---|---|---|---|---|
-| oneDNN W8A8, per row | 1.5 | 5.7 | 8.9 | 10 | 2.0 | 1.9 | 1.9 | 0.012 |
-| torch int4pack, group 64 | 2.2 | 4.8 | 2.8 | 2.5 | 1.9 | 0.64 | 0.43 | 0.09 |
-| torch int8pack, per row | 1.3 | 3.5 | 2.2 | 2.0 | 0.85 | 0.54 | 0.40 | 0.009 |
-| vLLM CPUWNA16, group 64 | 0.58 | 1.7 | 1.9 | 2.0 | 0.46 | 0.44 | 0.43 | 0.09 |
-
-At 4 bits our own W4A8 kernel comes first where the CPU has AVX512-VNNI and the machine a C++
-compiler: it reads memory faster than int4pack, and unpacks a weight once for up to 16 tokens.
-
-torch's ``_dyn_quant_matmul_4bit`` has only scalar reference code on x86 (0.1), and the per-tensor
-dynamic linears of fbgemm make the tokens of a batch depend on each other. On CUDA vLLM chooses:
-Machete on Hopper, else Marlin; neither was measured here.
+On a CPU by measurement (`measured`). Kernels that were considered and left out: vLLM's CPUWNA16 is
+always slower than bfloat16; torch's ``_dyn_quant_matmul_4bit`` has only scalar reference code on
+x86; the per-tensor dynamic linears of fbgemm make the tokens of a batch depend on each other. On
+CUDA vLLM chooses: Machete on Hopper, else Marlin.
 """
 
+import functools
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
 from vllm.logger import init_logger
 
+from vllm_subspec.weights.kernels import measured
 from vllm_subspec.weights.kernels.base import SubstituteKernel
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
-from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
-from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
+from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel, TorchInt8Kernel
+from vllm_subspec.weights.kernels.cpu_own import OwnInt4Kernel, OwnInt8Kernel
 from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
-from vllm_subspec.weights.quantized_weight import QuantFormat
+from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
 logger = init_logger(__name__)
 
 _GROUP_SIZES = (64, 32, 128, 256, -1)
 """Of the option, in the order in which they are advised."""
 
-# Of several for one width, the first that is available.
-_KERNELS: dict[str, tuple[type[SubstituteKernel], ...]] = {
-    "cpu": (Int4VnniKernel, TorchInt4Kernel, OneDnnInt8Kernel),
+Kernel = type[SubstituteKernel]
+
+# Of several for one width that are about as fast, the first.
+_KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "cpu": (OwnInt4Kernel, TorchInt4Kernel, OwnInt8Kernel, OneDnnInt8Kernel, TorchInt8Kernel),
     "cuda": (MixedPrecisionKernel,),
 }
+_DRAFTED = (1, 8, 32)
+"""Tokens of the passes that decide: those of a draft."""
+_CLEARLY = 1.1
+"""How many times as fast a later kernel must be to be taken."""
 
 
 def choose(
@@ -58,20 +53,18 @@ def choose(
     Raises:
         ValueError: no kernel for that width, or for groups of that size, on this device.
     """
-    able = [
-        (width, kernel)
-        for kernel in _KERNELS.get(device.type, ())
-        if kernel.available(device, dtype)
-        for width in kernel.container_bits
-    ]
-    width, kernel = min(
-        ((w, k) for w, k in able if w >= bits), key=lambda item: item[0], default=(None, None)
-    )
-    if kernel is None:
-        widths = ", ".join(str(w) for w in sorted({w for w, _ in able})) or "no width at all"
+    able: dict[int, list[Kernel]] = {}
+    for kernel in _KERNELS.get(device.type, ()):
+        if kernel.available(device, dtype):
+            for width in kernel.container_bits:
+                able.setdefault(width, []).append(kernel)
+    width = min((w for w in able if w >= bits), default=None)
+    if width is None:
+        widths = ", ".join(map(str, sorted(able))) or "no width at all"
         raise ValueError(
             f"bits {bits}: no kernel for this {device.type} and {dtype}, which has: {widths}"
         )
+    kernel = _fastest(tuple(able[width]), dtype) if device.type == "cpu" else able[width][0]
     fmt = kernel.format_for(bits, group_size)
     carried = "" if bits == width else f", carried in its {width}-bit container"
     logger.info_once("Substitutes of %d bits use %s%s.", bits, kernel.name, carried)
@@ -83,13 +76,18 @@ def choose(
 
 
 def estimate_nbytes(
-    bits: int, group_size: int | None, device: torch.device, rows: int, columns: int
+    bits: int,
+    group_size: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
 ) -> int:
     """Bytes that the substitute of a weight [rows, columns] will take on ``device``.
 
     Raises ValueError as ``choose`` does, or when the kernel cannot hold that shape.
     """
-    kernel, fmt = choose(bits, group_size, device, torch.bfloat16)
+    kernel, fmt = choose(bits, group_size, device, dtype)
     reason = kernel.refusal(fmt, rows, columns)
     if reason is not None:
         raise ValueError(
@@ -97,6 +95,60 @@ def estimate_nbytes(
             + _remedy(kernel, bits, rows, columns)
         )
     return kernel.estimate_nbytes(fmt, rows, columns)
+
+
+def measure(bits: int, dtype: torch.dtype) -> dict[str, measured.Seconds]:
+    """Seconds of a product with each kernel of this CPU that stores codes of ``bits`` bits, by name.
+
+    Args:
+        bits: 4 or 8.
+    """
+    cpu = torch.device("cpu")
+    kernels = [k for k in _KERNELS["cpu"] if bits in k.container_bits and k.available(cpu, dtype)]
+    return _measure(tuple(kernels), dtype)
+
+
+@functools.cache
+def _fastest(kernels: tuple[Kernel, ...], dtype: torch.dtype) -> Kernel:
+    """The first of ``kernels``, all of one width, unless another is clearly faster."""
+    if len(kernels) == 1:
+        return kernels[0]
+    name = fastest(_measure(kernels, dtype), kernels[0].name)
+    return next(kernel for kernel in kernels if kernel.name == name)
+
+
+def fastest(found: Mapping[str, measured.Seconds], preferred: str) -> str:
+    """The name of the fastest on the whole of a draft's passes, or ``preferred`` if that is about
+    as fast."""
+    whole = {name: measured.typical(times, _DRAFTED) for name, times in found.items()}
+    best = min(whole, key=lambda name: whole[name])
+    if preferred in whole and whole[preferred] < _CLEARLY * whole[best]:
+        return preferred
+    return best
+
+
+def _measure(kernels: tuple[Kernel, ...], dtype: torch.dtype) -> dict[str, measured.Seconds]:
+    (width,) = kernels[0].container_bits
+    fmt = kernels[0].format_for(width, None)
+
+    def candidate(kernel: Kernel) -> measured.Candidate:
+        nbytes = kernel.estimate_nbytes(fmt, *measured.SHAPE)
+        return measured.Candidate(lambda: kernel(_some_weight(fmt), dtype), nbytes)
+
+    name = str(dtype).removeprefix("torch.")
+    return measured.seconds(
+        f"{width} bits, {name}", {kernel.name: candidate(kernel) for kernel in kernels}
+    )
+
+
+@functools.cache
+def _some_weight(fmt: QuantFormat) -> QuantizedWeight:
+    rows, columns = measured.SHAPE
+    groups = columns // fmt.columns_per_group(columns)
+    zeros = torch.full((rows, groups), 1 << (fmt.bits - 1), dtype=torch.uint8)
+    codes = torch.randint(0, fmt.max_code + 1, (rows, columns), dtype=torch.uint8)
+    scales = torch.full((rows, groups), 1 / columns, dtype=torch.bfloat16)
+    return QuantizedWeight(codes, scales, zeros, fmt)
 
 
 def _remedy(kernel: type[SubstituteKernel], bits: int, rows: int, columns: int) -> str:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""8-bit weights on the CPU: oneDNN's int8 matrix product through vLLM's handles."""
+"""8-bit weights on the CPU: the products of libraries, one scale for each output row."""
+
+from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 import vllm._custom_ops as ops
@@ -10,18 +13,45 @@ from vllm_subspec.weights.kernels.base import SubstituteKernel
 from vllm_subspec.weights.quantize import quantize
 from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 
-_FORMAT = QuantFormat(8, -1, symmetric=True)
+
+class CpuInt8Kernel(SubstituteKernel):
+    """What the 8-bit kernels of the CPU hold: any rows and columns.
+
+    A weight in groups or with zero points (an existing checkpoint) is coded anew, one scale per row.
+    """
+
+    container_bits = (8,)
+    format: ClassVar = QuantFormat(8, -1, symmetric=True)
+
+    @classmethod
+    def format_for(cls, bits: int, group_size: int | None) -> QuantFormat:
+        return cls.format
+
+    @classmethod
+    def refusal(cls, fmt: QuantFormat, rows: int, columns: int) -> str | None:
+        return None
+
+    @classmethod
+    def estimate_nbytes(cls, fmt: QuantFormat, rows: int, columns: int) -> int:
+        return rows * columns + rows * torch.float32.itemsize
+
+    def _pack(self, weight: QuantizedWeight) -> None:
+        if weight.format != self.format:
+            weight = quantize(weight.dequantize(), self.format, "rtn", torch.float32)
+        self._pack_rows(weight.codes, weight.scales)
+
+    @abstractmethod
+    def _pack_rows(self, codes: Tensor, scales: Tensor) -> None:
+        """Take uint8 codes [N, K] around 128 and scales [N, 1]."""
 
 
-class OneDnnInt8Kernel(SubstituteKernel):
-    """W8A8: int8 weights with a scale per output row, activations quantised per token as they come.
+class OneDnnInt8Kernel(CpuInt8Kernel):
+    """oneDNN's W8A8 through vLLM's handles: activations quantized per token as they come.
 
-    A token's result does not depend on the other tokens of the batch. A weight in groups or with
-    zero points (an existing checkpoint) is coded anew, one scale per row.
+    A token's result does not depend on the other tokens of the batch.
     """
 
     name = "oneDNN W8A8"
-    container_bits = (8,)
     scales: Tensor
 
     @classmethod
@@ -33,32 +63,18 @@ class OneDnnInt8Kernel(SubstituteKernel):
         vnni = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni"))
         return vnni and hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
 
-    @classmethod
-    def format_for(cls, bits: int, group_size: int | None) -> QuantFormat:
-        return _FORMAT
-
-    @classmethod
-    def refusal(cls, fmt: QuantFormat, rows: int, columns: int) -> str | None:
-        return None
-
-    @classmethod
-    def estimate_nbytes(cls, fmt: QuantFormat, rows: int, columns: int) -> int:
-        return rows * columns + rows * torch.float32.itemsize
-
-    def _pack(self, weight: QuantizedWeight) -> None:
-        if weight.format != _FORMAT:
-            weight = quantize(weight.dequantize(), _FORMAT, "rtn", torch.float32)
+    def _pack_rows(self, codes: Tensor, scales: Tensor) -> None:
         self._compute = torch.float32 if self.dtype == torch.float16 else self.dtype
-        signed = (weight.codes ^ 0x80).view(torch.int8)  # code - 128
+        signed = (codes ^ 0x80).view(torch.int8)  # code - 128
         # The handle owns a packed copy of the codes but only points at the scales.
-        self.register_buffer("scales", weight.scales.float().t().contiguous(), persistent=False)
+        self.register_buffer("scales", scales.float().t().contiguous(), persistent=False)
         self._handle = ops.create_onednn_scaled_mm(
             signed.t(), self.scales, self._compute, True, False, 32
         )
 
     @property
     def nbytes(self) -> int:
-        return self.estimate_nbytes(_FORMAT, self.rows, self.columns)
+        return self.estimate_nbytes(self.format, self.rows, self.columns)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x.to(self._compute).contiguous()
@@ -73,3 +89,33 @@ class OneDnnInt8Kernel(SubstituteKernel):
             out, codes, scales, None, None, bias, self._handle.handler_tensor
         )
         return out.to(self.dtype)
+
+
+# Only bfloat16 activations have a vectorized kernel in torch.
+_COMPUTE = torch.bfloat16
+
+
+class TorchInt8Kernel(CpuInt8Kernel):
+    """``aten::_weight_int8pack_mm``: exact codes, bfloat16 activations. On every CPU."""
+
+    name = "torch int8pack"
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def available(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type == "cpu" and dtype.is_floating_point
+
+    def _pack_rows(self, codes: Tensor, scales: Tensor) -> None:
+        self.register_buffer("codes", (codes ^ 0x80).view(torch.int8), persistent=False)
+        self.register_buffer("scales", scales.flatten().to(_COMPUTE), persistent=False)
+
+    @classmethod
+    def estimate_nbytes(cls, fmt: QuantFormat, rows: int, columns: int) -> int:
+        return rows * (columns + _COMPUTE.itemsize)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = torch.ops.aten._weight_int8pack_mm(
+            x.to(_COMPUTE).contiguous(), self.codes, self.scales
+        ).to(self.dtype)
+        return out if bias is None else out.add_(bias)

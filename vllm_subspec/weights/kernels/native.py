@@ -1,101 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""C++ kernels, compiled at first use into a cache and shared by all processes."""
+"""Our own CPU kernels: C++ operators of torch over one library for each level of instruction sets.
 
-import fcntl
-import hashlib
-import os
-import subprocess
-from collections.abc import Sequence
+A wheel brings the libraries; a source checkout compiles those that it needs at first use. The level
+is that of this CPU, up to the cap (`machine.isa`).
+"""
+
+import functools
 from pathlib import Path
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
+
+from vllm_subspec.machine import isa
+from vllm_subspec.weights.kernels.compiler import BuildError, build
 
 logger = init_logger(__name__)
 
-_FLAGS = (
-    "-O3",
-    "-std=c++20",
-    "-fPIC",
-    "-shared",
-    "-fopenmp",
-    # A product and a sum stay two roundings unless the source says otherwise, so that every variant
-    # of a kernel rounds alike.
-    "-ffp-contract=off",
-)
+SOURCES = Path(__file__).parent / "csrc"
+SHIPPED = Path(__file__).parent / "lib"
+"""Libraries of a wheel, by `name_of`: absent in a source checkout."""
+
+_FLAGS = {
+    "avx2": "-mavx2",
+    "fma": "-mfma",
+    "f16c": "-mf16c",
+    "avx_vnni": "-mavxvnni",
+    "avx512f": "-mavx512f",
+    "avx512bw": "-mavx512bw",
+    "avx512dq": "-mavx512dq",
+    "avx512vl": "-mavx512vl",
+    "avx512_vnni": "-mavx512vnni",
+    "avx512_bf16": "-mavx512bf16",
+}
+"""The compiler's flag for each flag of a level that the kernels use; they use no AMX."""
+
+OPERATORS = "operators"
+# The first torch whose stable interface has all that operators.cpp uses.
+_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 
 
-class BuildError(RuntimeError):
-    """A kernel cannot be compiled here, or does not work; the message names the cause."""
+def levels() -> tuple[str, ...]:
+    """The levels that the kernels are compiled for, the lowest first."""
+    return tuple(level.name for level in isa.LEVELS if level.flags <= _FLAGS.keys())
 
 
-def load(source: Path, folder: Path, flags: Sequence[str] = ()) -> None:
-    """Build ``source`` and register its operations with torch; BuildError if that fails."""
-    library = build(source, folder, flags)
+def compile_operators(folder: Path) -> Path:
+    """torch's operators, which find their kernels in another library. BuildError if that fails."""
+    home = Path(torch.__file__).parent
+    # No rpath: torch is loaded when they are.
+    flags = (_TORCH, "-isystem", f"{home / 'include'}", f"-L{home / 'lib'}", "-ltorch_cpu", "-ldl")
+    return build(SOURCES / "operators.cpp", folder, flags)
+
+
+def compile_kernels(level: str, folder: Path) -> Path:
+    """The kernels of one of `levels`. BuildError if that fails."""
+    (found,) = (one for one in isa.LEVELS if one.name == level)
+    # A product and a sum stay two roundings unless the source says otherwise, so that all levels
+    # round alike.
+    flags = ("-ffp-contract=off", *(_FLAGS[flag] for flag in sorted(found.flags)))
+    return build(SOURCES / "level.cpp", folder, flags)
+
+
+def use(level: str) -> None:
+    """Compute with the kernels of one of `levels` from now on. BuildError if there are none."""
+    _load_operators()
+    library = _library(level)
+    try:
+        torch.ops.vllm_subspec.use_kernels(str(library))
+    except RuntimeError as error:
+        raise BuildError(f"{library} cannot be loaded: {error}") from error
+
+
+@functools.cache
+def load() -> str:
+    """Make the operators usable, once per process, at the highest level that this CPU has.
+
+    Returns the level. Raises BuildError: there are none, because of the CPU or of the compiler.
+    """
+    wanted = [level.name for level in isa.levels() if level.name in levels()]
+    if not wanted:
+        raise BuildError("this CPU has no AVX2")
+    problem: BuildError | None = None
+    for level in reversed(wanted):  # an old compiler may not know the newest instructions
+        try:
+            use(level)
+        except BuildError as error:
+            problem = problem or error
+        else:
+            if problem is not None:
+                logger.warning("Kernels for %s are used, not for %s: %s", level, wanted[-1], problem)
+            return level
+    assert problem is not None
+    raise problem
+
+
+@functools.cache
+def _load_operators() -> None:
+    library = SHIPPED / f"{OPERATORS}.so"
+    if not library.exists():
+        library = compile_operators(_cache())
     try:
         torch.ops.load_library(library)
     except OSError as error:
         # torch names the library, its cause says what is wrong with it.
         raise BuildError(f"{library} cannot be loaded: {error.__cause__ or error}") from error
+    torch.library.register_fake("vllm_subspec::linear", _linear_shape)
+    torch.library.register_fake("vllm_subspec::low_bit_linear", _low_bit_linear_shape)
 
 
-def build(source: Path, folder: Path, flags: Sequence[str] = ()) -> Path:
-    """The shared library of a C++ ``source`` that uses torch, compiled unless ``folder`` has it.
-
-    The name holds a digest of everything the library depends on: source, compiler, torch and flags
-    (``flags`` name instruction sets, so that it runs wherever those exist). Of several processes
-    one compiles and the others wait for it; a library appears complete or not at all.
-
-    Raises BuildError.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    command = [compiler, *_FLAGS, *flags, str(source), *_torch_flags()]
-    version = _run([compiler, "--version"]).stdout
-    parts = (source.read_text(), version, torch.__version__, *command)
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = folder / f"{source.stem}-{digest}.so"
-    if library.exists():
-        return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with library.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                _compile(command, library)
-    except OSError as error:
-        raise BuildError(f"{folder} cannot hold it ({error.strerror})") from error
-    return library
+def _library(level: str) -> Path:
+    shipped = SHIPPED / f"{level}.so"
+    return shipped if shipped.exists() else compile_kernels(level, _cache())
 
 
-def _compile(command: Sequence[str], library: Path) -> None:
-    logger.info("Compiling %s: once, well below a minute.", library)
-    partial = library.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        done = _run([*command, "-o", str(partial)])
-        if done.returncode:
-            lines = done.stderr.splitlines()
-            first = next((line for line in lines if "error" in line), done.stderr.strip())
-            raise BuildError(f"{command[0]} failed: {first}")
-        partial.replace(library)
-    finally:
-        partial.unlink(missing_ok=True)
+def _cache() -> Path:
+    return Path(envs.VLLM_CACHE_ROOT) / "subspec" / "kernels"
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise BuildError(f"no C++ compiler: {command[0]} ({error.strerror})") from error
+def _linear_shape(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
 
 
-def _torch_flags() -> list[str]:
-    """Where torch's headers and libraries are. No rpath: torch is loaded when the kernel is."""
-    home = Path(torch.__file__).parent
-    return [
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *("-isystem", str(home / "include")),
-        f"-L{home / 'lib'}",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
+def _low_bit_linear_shape(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rows: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rows, dtype=dtype)
