@@ -27,6 +27,7 @@ from tests.engine.helpers import (
 )
 from tests.engine.hierarchies import SMALL
 from vllm_subspec.engine import attention
+from vllm_subspec.weights.kernels import mixed_precision
 
 
 @pytest.fixture
@@ -206,6 +207,20 @@ def test_model_families(shape: Any, config: dict[str, Any], names: str) -> None:
     assert "use " in message or "serve " in message
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU build")
+def test_a_w4a16_checkpoint_without_its_kernel(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = mixed_precision.no_w4a16() or "no kernel"  # what a CPU without AVX-512 says
+    monkeypatch.setattr(mixed_precision, "no_w4a16", lambda: reason)
+    model = shape(**GPTQ)
+    options = {"method": "hierspec", "drafter": {"method": "ngram"}}
+    message = refusal(model, options, dtype="bfloat16")
+    assert message == f'method "hierspec" cannot run {model}: {reason}'
+    message = refusal(MODEL, {**options, "intermediate": str(model)}, dtype="bfloat16")
+    assert message == (
+        f'speculative_config key "intermediate" is {str(model)!r}, which cannot run: {reason}'
+    )
+
+
 def test_expert_parallelism(shape: Any) -> None:
     message = refusal(shape(**MOE), {}, tensor_parallel_size=2, enable_expert_parallel=True)
     assert "remove --enable-expert-parallel" in message
@@ -286,6 +301,10 @@ def test_attention_that_trees_cannot_do(changed: dict[str, Any], names: str) -> 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's CPU attention")
 def test_an_fp8_cache_is_refused_for_trees_only(engines: Engines) -> None:
     small: dict[str, Any] = {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
+    if not torch.cpu._is_avx512_supported():
+        said = "would keep K/V in fp8, for which vLLM needs AVX-512, but --kv-cache-dtype is fp8"
+        assert said in refusal(MODEL, CHAIN, **small)
+        return
     with pytest.raises(ValueError, match='has an FP8 KV cache, .*: set "branching" to 1$'):
         engines.get(ROUGH, **small)
     llm = engines.get(CHAIN, **small)

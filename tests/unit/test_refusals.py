@@ -21,6 +21,7 @@ from vllm_subspec.engine import method as methods
 from vllm_subspec.engine import refusals
 from vllm_subspec.engine.method import KEY
 from vllm_subspec.machine import isa
+from vllm_subspec.weights.kernels import mixed_precision
 from vllm_subspec.weights.streaming import StreamedLayer, StreamingOffloader
 
 ARGS: dict[str, Any] = {
@@ -192,7 +193,7 @@ PACKED = {"weights": {"num_bits": 4, "type": "int"}, "input_activations": None}
 @pytest.fixture
 def without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cpu=lambda: True))
-    monkeypatch.setattr(refusals.mixed_precision, "no_w4a16", lambda: "no such kernel")
+    monkeypatch.setattr(mixed_precision, "no_w4a16", lambda: "no such kernel")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.delenv(isa.VARIABLE, raising=False)
 
@@ -244,7 +245,7 @@ def test_w4a16_without_its_kernel_is_refused(
         assert str(caught.value) == 'method "hierspec" cannot run some/model: no such kernel'
     else:
         check("hierspec", changes)
-    monkeypatch.setattr(refusals.mixed_precision, "no_w4a16", lambda: None)
+    monkeypatch.setattr(mixed_precision, "no_w4a16", lambda: None)
     check("hierspec", changes)
 
 

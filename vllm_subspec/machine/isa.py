@@ -144,12 +144,8 @@ def level() -> Level | None:
 
 def levels() -> tuple[Level, ...]:
     """The levels that can be asked for here: the machine's, up to the cap. ValueError as `cap`."""
-    highest = level()
-    return tuple(
-        found
-        for found in machine_levels()
-        if highest is None or LEVELS.index(found) <= LEVELS.index(highest)
-    )
+    had, highest = machine_levels(), level()
+    return () if highest is None else had[: had.index(highest) + 1]
 
 
 def environment(asked: Level, current: Mapping[str, str]) -> dict[str, str]:
@@ -191,7 +187,7 @@ def obey() -> None:
     def get_capabilities() -> Mapping[str, Any]:
         return MappingProxyType(
             {
-                name: value and (not name.startswith(_ABOVE_AVX2) or name in allowed)
+                name: False if name.startswith(_ABOVE_AVX2) and name not in allowed else value
                 for name, value in original().items()
             }
         )
