@@ -23,10 +23,10 @@ from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.platforms import current_platform
+from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
 
 from vllm_subspec.bench import environment
 from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
-from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
 from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
 from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
 from vllm_subspec.weights.plain_linear import plain_linear, stores_transposed

@@ -13,9 +13,9 @@ MAY_USE = {
     "core": set(),
     "config": set(),
     "drafters": {"core"},
-    "weights": {"core", "config"},
+    "weights": {"machine", "core", "config"},
     "engine": {"machine", "core", "config", "drafters", "weights"},
-    "bench": {"core", "config", "weights"},
+    "bench": {"machine", "core", "config", "weights"},
     "cli": {"machine", "core", "config", "weights", "engine", "bench"},
     "plugin": {"engine"},
 }

@@ -121,9 +121,9 @@ def _check(dtype: torch.dtype) -> None:
 
 
 def _dispatch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    for tokens, name in reversed(choice(x.dtype)):
-        if x.shape[0] >= tokens:
-            break
+    chosen = choice(x.dtype)
+    few = chosen[0][1]
+    name = next((name for tokens, name in reversed(chosen) if x.shape[0] >= tokens), few)
     return _LINEARS[name](x, weight, bias)
 
 

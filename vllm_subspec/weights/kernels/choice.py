@@ -98,7 +98,7 @@ def estimate_nbytes(
 
 
 def measure(bits: int, dtype: torch.dtype) -> dict[str, measured.Seconds]:
-    """Seconds of a product with each kernel of this CPU that stores codes of ``bits`` bits, by name.
+    """Seconds of a product with each kernel of this CPU for codes of ``bits`` bits, by name.
 
     Args:
         bits: 4 or 8.

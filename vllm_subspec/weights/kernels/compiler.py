@@ -17,7 +17,7 @@ _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
 
 
 class BuildError(RuntimeError):
-    """A library cannot be compiled or loaded here, or does not work; the message names the cause."""
+    """A library is not to be had here, or computes wrong; the message names the cause."""
 
 
 def build(source: Path, folder: Path, flags: Sequence[str] = ()) -> Path:
@@ -31,7 +31,9 @@ def build(source: Path, folder: Path, flags: Sequence[str] = ()) -> Path:
     Raises BuildError.
     """
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, *_FLAGS, str(source), *flags]  # libraries come last
+    # Messages name the source file, not where it was compiled. Libraries come last.
+    home = f"-fmacro-prefix-map={source.parent}="
+    command = [compiler, *_FLAGS, home, str(source), *flags]
     version = _run([compiler, "--version"]).stdout
     texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
     digest = hashlib.sha256("\0".join((*texts, version, *command)).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 import vllm._custom_ops as ops
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_subspec.weights.kernels.base import SubstituteKernel
 from vllm_subspec.weights.quantize import quantize
@@ -17,7 +18,7 @@ from vllm_subspec.weights.quantized_weight import QuantFormat, QuantizedWeight
 class CpuInt8Kernel(SubstituteKernel):
     """What the 8-bit kernels of the CPU hold: any rows and columns.
 
-    A weight in groups or with zero points (an existing checkpoint) is coded anew, one scale per row.
+    A weight in groups or with zero points (an existing checkpoint) is coded anew, by rows.
     """
 
     container_bits = (8,)
@@ -91,8 +92,10 @@ class OneDnnInt8Kernel(CpuInt8Kernel):
         return out.to(self.dtype)
 
 
-# Only bfloat16 activations have a vectorized kernel in torch.
+# Only bfloat16 activations have a vectorized kernel in torch. It reads and writes whole blocks of
+# rows and columns, without a look at where they end.
 _COMPUTE = torch.bfloat16
+_BLOCK = 32
 
 
 class TorchInt8Kernel(CpuInt8Kernel):
@@ -107,15 +110,20 @@ class TorchInt8Kernel(CpuInt8Kernel):
         return device.type == "cpu" and dtype.is_floating_point
 
     def _pack_rows(self, codes: Tensor, scales: Tensor) -> None:
-        self.register_buffer("codes", (codes ^ 0x80).view(torch.int8), persistent=False)
-        self.register_buffer("scales", scales.flatten().to(_COMPUTE), persistent=False)
+        rows, columns = -codes.shape[0] % _BLOCK, -codes.shape[1] % _BLOCK
+        signed = pad((codes ^ 0x80).view(torch.int8), (0, columns, 0, rows))
+        self.register_buffer("codes", signed.contiguous(), persistent=False)
+        scales = pad(scales.flatten().to(_COMPUTE), (0, rows))
+        self.register_buffer("scales", scales, persistent=False)
 
     @classmethod
     def estimate_nbytes(cls, fmt: QuantFormat, rows: int, columns: int) -> int:
-        return rows * (columns + _COMPUTE.itemsize)
+        return (rows + -rows % _BLOCK) * (columns + -columns % _BLOCK + _COMPUTE.itemsize)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = torch.ops.aten._weight_int8pack_mm(
-            x.to(_COMPUTE).contiguous(), self.codes, self.scales
-        ).to(self.dtype)
+        x = pad(x.to(_COMPUTE), (0, -self.columns % _BLOCK)).contiguous()
+        out = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales)
+        if out.shape[1] != self.rows:
+            out = out[:, : self.rows].contiguous()
+        out = out.to(self.dtype)
         return out if bias is None else out.add_(bias)

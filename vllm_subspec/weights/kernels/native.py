@@ -90,7 +90,9 @@ def load() -> str:
             problem = problem or error
         else:
             if problem is not None:
-                logger.warning("Kernels for %s are used, not for %s: %s", level, wanted[-1], problem)
+                logger.warning(
+                    "Kernels for %s are used, not for %s: %s", level, wanted[-1], problem
+                )
             return level
     assert problem is not None
     raise problem
@@ -119,9 +121,7 @@ def _cache() -> Path:
     return Path(envs.VLLM_CACHE_ROOT) / "subspec" / "kernels"
 
 
-def _linear_shape(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _linear_shape(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(x.shape[0], w.shape[0])
 
 
