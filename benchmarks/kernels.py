@@ -1,149 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""Linears on this CPU: vLLM's resident one, the streamed one, and the candidates for substitutes.
+"""Kernels of this CPU at every level that it has, beside what it can do at most.
 
-    python -m benchmarks.kernels --threads 1 --out benchmarks/results/kernels-cpu.json
+    python -m benchmarks.kernels --out benchmarks/results/kernels-NAME.json
 
-Alternates all candidates on weights that rotate out of cache and takes medians. With one thread
-the clock is the thread's own CPU time, which other programs on the machine disturb little; with
-more it is wall-clock time, which wants an otherwise idle machine.
+One process for each level, under the cap (`machine.isa`), so that libraries use no more than ours.
+All kernels of a width or dtype take turns on weights that rotate out of cache. The read bandwidth
+and the float32 rate are measured in the same process, before and after, and the better one counts;
+so does a kernel's own rate where that is higher than any library's.
 """
 
 import argparse
-import math
-import statistics
-import time
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import vllm._custom_ops as ops
-from torch import Tensor
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.platforms import current_platform
-from vllm_subspec.weights.kernels.cpu_int4_vnni import Int4VnniKernel
 
-from vllm_subspec.bench import environment
-from vllm_subspec.weights.kernels.cpu_int4 import TorchInt4Kernel
-from vllm_subspec.weights.kernels.cpu_int8 import OneDnnInt8Kernel
-from vllm_subspec.weights.kernels.mixed_precision import MixedPrecisionKernel
-from vllm_subspec.weights.plain_linear import plain_linear, stores_transposed
-from vllm_subspec.weights.quantize import quantize
-from vllm_subspec.weights.quantized_weight import QuantFormat
+from vllm_subspec.bench import environment, kernel_rates
+from vllm_subspec.bench.kernel_rates import Machine, Rate
+from vllm_subspec.machine import isa
+from vllm_subspec.weights import plain_linear
+from vllm_subspec.weights.kernels import choice
 
-Linear = Callable[[Tensor], Tensor]
-
-RESIDENT = "vLLM resident bf16"
-FORMATS = {
-    "own W4A8 g64": (Int4VnniKernel, QuantFormat(4, 64)),
-    "torch int4pack g64": (TorchInt4Kernel, QuantFormat(4, 64)),
-    "oneDNN W8A8": (OneDnnInt8Kernel, QuantFormat(8, -1, symmetric=True)),
-    "vLLM CPUWNA16 g64": (MixedPrecisionKernel, QuantFormat(4, 64)),
-}
-CACHE_BYTES = 80 << 20  # of bfloat16 weights to rotate through: more than a last-level cache
+SHAPES = ((4096, 4096), (11008, 4096))
+TOKENS = (1, 4, 8, 16, 32, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def int8pack(weight: Tensor) -> Linear:
-    """torch's int8 weight-only product: the alternative to W8A8."""
-    coded = quantize(weight, QuantFormat(8, -1, symmetric=True), "rtn")
-    signed, scales = (coded.codes ^ 0x80).view(torch.int8), coded.scales.flatten()
-    return lambda x: torch.ops.aten._weight_int8pack_mm(x, signed, scales)
-
-
-def linears(weight: Tensor) -> dict[str, Linear]:
-    """Every candidate for one bfloat16 weight [N, K]."""
-    resident = ops.create_onednn_mm(weight.t(), 32)
-    transposed = stores_transposed(weight.device, weight.dtype)
-    plain = weight.t().contiguous().t() if transposed else weight
-    made: dict[str, Linear] = {
-        RESIDENT: lambda x: ops.onednn_mm(resident, x, None),
-        "streamed bf16": lambda x: plain_linear(x, plain),
-        "F.linear bf16": lambda x: torch.nn.functional.linear(x, weight),
-        "torch int8pack": int8pack(weight),
+def measure(seconds: float) -> dict[str, Any]:
+    """All kernels at the level of this process."""
+    before = kernel_rates.machine()
+    found: dict[str, dict[str, list[Rate]]] = {}
+    for rows, columns in SHAPES:
+        shape = f"{rows} x {columns}"
+        for dtype in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            found[f"full precision, {name}, {shape}"] = kernel_rates.alternate(
+                plain_linear.candidates(dtype, (rows, columns)),
+                dtype,
+                (rows, columns),
+                TOKENS,
+                seconds,
+            )
+        for bits in (4, 8):
+            found[f"{bits} bits, bfloat16, {shape}"] = kernel_rates.alternate(
+                choice.candidates(bits, torch.bfloat16, (rows, columns)),
+                torch.bfloat16,
+                (rows, columns),
+                TOKENS,
+                seconds,
+            )
+    machine = best_of(before, kernel_rates.machine(), found)
+    level = isa.level()
+    result: dict[str, Any] = {
+        "level": level.name if level else "none",
+        "read_gb_per_s": round(machine.read / 1e9, 2),
+        "float32_gflop_per_s": round(machine.float32 / 1e9, 1),
+        "kernels": {},
     }
-    for name, (kernel, fmt) in FORMATS.items():
-        if kernel is Int4VnniKernel and not kernel.available(weight.device, weight.dtype):
-            continue
-        made[name] = kernel(quantize(weight, fmt, "rtn"), weight.dtype)
-    return made
-
-
-def measure(rows: int, columns: int, tokens: list[int], args: argparse.Namespace) -> dict[str, Any]:
-    """Median microseconds of each candidate by token count, and its relative error."""
-    copies = max(2, CACHE_BYTES // (2 * rows * columns))
-    weights = [torch.randn(rows, columns).bfloat16() / columns**0.5 for _ in range(copies)]
-    candidates = [linears(weight) for weight in weights]
-    clock = time.thread_time if args.threads == 1 else time.perf_counter
-    held = {
-        name: linear.nbytes
-        for name, linear in candidates[0].items()
-        if isinstance(linear, OneDnnInt8Kernel | Int4VnniKernel | TorchInt4Kernel)
-    }
-    result: dict[str, Any] = {"shape": [rows, columns], "tokens": {}}
-    for m in tokens:
-        x = torch.randn(m, columns).bfloat16()
-        exact = x.double() @ weights[0].double().T
-        errors = {
-            name: float((linear(x).double() - exact).norm() / exact.norm())
-            for name, linear in candidates[0].items()
+    for family, by_name in found.items():
+        result["kernels"][family] = {
+            name: {str(rate.tokens): rate.to_json_dict(machine) for rate in several}
+            for name, several in by_name.items()
         }
-        times: dict[str, list[float]] = {name: [] for name in errors}
-        end, turn = time.perf_counter() + args.seconds, 0
-        while turn < 3 or time.perf_counter() < end:
-            for name, linear in candidates[turn % copies].items():
-                start = clock()
-                linear(x)
-                times[name].append(clock() - start)
-            turn += 1
-        median = {name: statistics.median(t) for name, t in times.items()}
-        result["tokens"][str(m)] = {
-            name: {
-                "us": round(median[name] * 1e6, 1),
-                "speed_up": round(median[RESIDENT] / median[name], 2),
-                "relative_error": round(errors[name], 5),
-                "turns": turn,
-            }
-            for name in median
-        }
-        for name, nbytes in held.items():
-            result["tokens"][str(m)][name]["gb_per_s"] = round(nbytes / median[name] / 1e9, 2)
-        print_rows(rows, columns, m, result["tokens"][str(m)])
     return result
 
 
-def print_rows(rows: int, columns: int, m: int, by_name: dict[str, dict[str, float]]) -> None:
-    """One line per candidate; GB/s are of packed weight."""
-    for name, figures in by_name.items():
-        print(
-            f"{rows} x {columns}, {m:3} tokens  {name:20}{figures['us']:9.1f} us"
-            f"{figures.get('gb_per_s', math.nan):7.1f} GB/s{figures['speed_up']:7.2f} x"
-            f"   error {figures['relative_error']:.4f}",
-            flush=True,
-        )
+def best_of(before: Machine, after: Machine, found: dict[str, dict[str, list[Rate]]]) -> Machine:
+    """The most that was seen: what a share is a share of."""
+    full = [
+        rate
+        for family, by_name in found.items()
+        if family.startswith("full precision, float32")
+        for several in by_name.values()
+        for rate in several
+    ]
+    machine = Machine(max(before.read, after.read), max(before.float32, after.float32))
+    most = max(rate.operations / rate.best for rate in full)
+    return replace(machine, float32=max(machine.float32, most))
+
+
+def print_table(result: dict[str, Any]) -> None:
+    print(
+        f"\n{result['level']}: memory {result['read_gb_per_s']} GB/s, float32 "
+        f"{result['float32_gflop_per_s']} GFLOP/s"
+    )
+    for family, by_name in result["kernels"].items():
+        print(f"  {family}")
+        for name, by_tokens in by_name.items():
+            cells = "".join(
+                f"{figures['best_us']:10.0f} us {100 * figures['share_of_reading']:4.0f}%m"
+                f"{100 * figures['share_of_float32_rate']:4.0f}%f"
+                for figures in by_tokens.values()
+            )
+            print(f"    {name:<14}{cells}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="2048x2048,2048x6144", help="N x K, comma-separated")
-    parser.add_argument("--tokens", default="1,2,4,6,8,17,33,65")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each shape and token count")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels-cpu.json"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each kernel, by tokens")
+    parser.add_argument("--levels", help="comma-separated; default: all that this CPU has")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a child's
     args = parser.parse_args()
-    current_platform.import_kernels()
-    torch.set_num_threads(args.threads)
-    tokens = [int(m) for m in args.tokens.split(",")]
-    with set_current_vllm_config(VllmConfig()), torch.inference_mode():
-        # vLLM's parameters ask for their rank.
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:29561", 0, "gloo")
-        initialize_model_parallel(1)
-        sizes = [shape.split("x") for shape in args.shapes.split(",")]
-        shapes = [measure(int(rows), int(columns), tokens, args) for rows, columns in sizes]
-    environment.write(
-        args.out, {**environment.describe(), "threads": args.threads, "shapes": shapes}
-    )
+    if args.one:
+        current_platform.import_kernels()
+        torch.set_num_threads(args.threads)
+        with torch.inference_mode():
+            print(json.dumps(measure(args.seconds)))
+        return 0
+    machine = [level.name for level in isa.machine_levels()]
+    levels = args.levels.split(",") if args.levels else machine
+    results = []
+    for level in levels:
+        command = [sys.executable, "-m", "benchmarks.kernels", "--one"]
+        command += ["--threads", str(args.threads), "--seconds", str(args.seconds)]
+        done = subprocess.run(
+            command,
+            env={**os.environ, isa.VARIABLE: level, "VLLM_LOGGING_LEVEL": "ERROR"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print_table(results[-1])
+    if args.out:
+        about = {**environment.describe(), "threads": args.threads}
+        environment.write(args.out, {**about, "levels": results})
     return 0
 
 

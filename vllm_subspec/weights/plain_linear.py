@@ -9,7 +9,7 @@ weight, too: which of them is faster from how many tokens on is measured.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def choice(dtype: torch.dtype) -> tuple[tuple[int, str], ...]:
     return steps(measure(dtype))
 
 
-def steps(found: dict[str, measured.Seconds]) -> tuple[tuple[int, str], ...]:
+def steps(found: Mapping[str, measured.Seconds]) -> tuple[tuple[int, str], ...]:
     """The fastest by tokens; our own unless another is clearly faster."""
     chosen: list[tuple[int, str]] = []
     for tokens in measured.TOKENS:
@@ -80,18 +80,28 @@ def steps(found: dict[str, measured.Seconds]) -> tuple[tuple[int, str], ...]:
 @functools.cache
 def measure(dtype: torch.dtype) -> dict[str, measured.Seconds]:
     """Seconds of a product with each linear that this CPU has, by name and tokens."""
+    family = f"full precision, {str(dtype).removeprefix('torch.')}"
+    return measured.seconds(family, candidates(dtype))
+
+
+def candidates(
+    dtype: torch.dtype, shape: tuple[int, int] = measured.SHAPE
+) -> dict[str, measured.Candidate]:
+    """The linears that this CPU may have, by name.
+
+    Args:
+        shape: rows and columns of the weights that they are to be measured with.
+    """
     names = [OWN, ONEDNN, TORCH] if _own_is_right(dtype) else [ONEDNN, TORCH]
-    rows, columns = measured.SHAPE
 
     def candidate(linear: Linear) -> measured.Candidate:
         def make() -> measured.Product:
-            weight = torch.full((rows, columns), 1 / columns, dtype=dtype)
+            weight = torch.full(shape, 1 / shape[1], dtype=dtype)
             return lambda x: linear(x, weight, None)
 
-        return measured.Candidate(make, rows * columns * dtype.itemsize)
+        return measured.Candidate(make, shape[0] * shape[1] * dtype.itemsize)
 
-    family = f"full precision, {str(dtype).removeprefix('torch.')}"
-    return measured.seconds(family, {name: candidate(_LINEARS[name]) for name in names})
+    return {name: candidate(_LINEARS[name]) for name in names}
 
 
 @functools.cache

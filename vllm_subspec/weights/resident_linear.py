@@ -11,10 +11,11 @@ where it has been measured to be faster, and then nothing is packed.
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import vllm._custom_ops as ops
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
@@ -75,7 +76,7 @@ def resident_linears() -> Iterator[None]:
     original = utils.dispatch_cpu_unquantized_gemm
 
     @functools.wraps(original)
-    def dispatch(layer: nn.Module, remove_weight: bool) -> None:
+    def dispatch(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         plain = not weight.is_meta and weight.ndim == 2 and weight.is_contiguous()

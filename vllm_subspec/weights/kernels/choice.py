@@ -58,12 +58,13 @@ def choose(
         if kernel.available(device, dtype):
             for width in kernel.container_bits:
                 able.setdefault(width, []).append(kernel)
-    width = min((w for w in able if w >= bits), default=None)
-    if width is None:
+    wide_enough = [width for width in able if width >= bits]
+    if not wide_enough:
         widths = ", ".join(map(str, sorted(able))) or "no width at all"
         raise ValueError(
             f"bits {bits}: no kernel for this {device.type} and {dtype}, which has: {widths}"
         )
+    width = min(wide_enough)
     kernel = _fastest(tuple(able[width]), dtype) if device.type == "cpu" else able[width][0]
     fmt = kernel.format_for(bits, group_size)
     carried = "" if bits == width else f", carried in its {width}-bit container"
@@ -97,15 +98,17 @@ def estimate_nbytes(
     return kernel.estimate_nbytes(fmt, rows, columns)
 
 
-def measure(bits: int, dtype: torch.dtype) -> dict[str, measured.Seconds]:
-    """Seconds of a product with each kernel of this CPU for codes of ``bits`` bits, by name.
+def candidates(
+    bits: int, dtype: torch.dtype, shape: tuple[int, int] = measured.SHAPE
+) -> dict[str, measured.Candidate]:
+    """The kernels of this CPU for codes of ``bits`` bits, 4 or 8, by name, the preferred first.
 
     Args:
-        bits: 4 or 8.
+        shape: rows and columns of the weights that they are to be measured with.
     """
     cpu = torch.device("cpu")
-    kernels = [k for k in _KERNELS["cpu"] if bits in k.container_bits and k.available(cpu, dtype)]
-    return _measure(tuple(kernels), dtype)
+    able = [k for k in _KERNELS["cpu"] if bits in k.container_bits and k.available(cpu, dtype)]
+    return _candidates(tuple(able), dtype, shape)
 
 
 @functools.cache
@@ -113,7 +116,10 @@ def _fastest(kernels: tuple[Kernel, ...], dtype: torch.dtype) -> Kernel:
     """The first of ``kernels``, all of one width, unless another is clearly faster."""
     if len(kernels) == 1:
         return kernels[0]
-    name = fastest(_measure(kernels, dtype), kernels[0].name)
+    (width,) = kernels[0].container_bits
+    family = f"{width} bits, {str(dtype).removeprefix('torch.')}"
+    found = measured.seconds(family, _candidates(kernels, dtype, measured.SHAPE))
+    name = fastest(found, kernels[0].name)
     return next(kernel for kernel in kernels if kernel.name == name)
 
 
@@ -127,23 +133,23 @@ def fastest(found: Mapping[str, measured.Seconds], preferred: str) -> str:
     return best
 
 
-def _measure(kernels: tuple[Kernel, ...], dtype: torch.dtype) -> dict[str, measured.Seconds]:
+def _candidates(
+    kernels: tuple[Kernel, ...], dtype: torch.dtype, shape: tuple[int, int]
+) -> dict[str, measured.Candidate]:
     (width,) = kernels[0].container_bits
     fmt = kernels[0].format_for(width, None)
 
     def candidate(kernel: Kernel) -> measured.Candidate:
-        nbytes = kernel.estimate_nbytes(fmt, *measured.SHAPE)
-        return measured.Candidate(lambda: kernel(_some_weight(fmt), dtype), nbytes)
+        return measured.Candidate(
+            lambda: kernel(_some_weight(fmt, shape), dtype), kernel.estimate_nbytes(fmt, *shape)
+        )
 
-    name = str(dtype).removeprefix("torch.")
-    return measured.seconds(
-        f"{width} bits, {name}", {kernel.name: candidate(kernel) for kernel in kernels}
-    )
+    return {kernel.name: candidate(kernel) for kernel in kernels}
 
 
-@functools.cache
-def _some_weight(fmt: QuantFormat) -> QuantizedWeight:
-    rows, columns = measured.SHAPE
+@functools.lru_cache(maxsize=2)
+def _some_weight(fmt: QuantFormat, shape: tuple[int, int]) -> QuantizedWeight:
+    rows, columns = shape
     groups = columns // fmt.columns_per_group(columns)
     zeros = torch.full((rows, groups), 1 << (fmt.bits - 1), dtype=torch.uint8)
     codes = torch.randint(0, fmt.max_code + 1, (rows, columns), dtype=torch.uint8)
