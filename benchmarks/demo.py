@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Show SubSpec at work: the same prompts without speculation and with it, in one run.
 
-    python -m benchmarks.demo [--gib 0.5] [--tokens 48] [--bits 8]
+    python -m benchmarks.demo [--gib 0.5] [--tokens 48] [--bits 4]
 
 Every decoder layer's full-precision weights are read from disk for every verification. Tokens that
 the draft proposed and the target accepted are printed in green, the target's own in white.
@@ -12,6 +12,8 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -62,11 +64,44 @@ def row(name: str, answers: list[Generated], streamed: float) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Where the seconds of some generation went."""
+
+    whole: float
+    waiting: float  # for streamed weights, while nothing else was done
+    drafting: float
+    nbytes: int  # streamed
+    reading: float  # by the reader, beside everything else
+
+    @classmethod
+    def since(cls, session: Session, before: dict[str, Any], began: float) -> "Spent":
+        """Since the worker's statistics were ``before``, at the time ``began``."""
+        now = session.call("statistics", before["rounds"])
+        counted = {n: value - before["counters"][n] for n, value in now["counters"].items()}
+        return cls(
+            time.perf_counter() - began,
+            counted["stream_stall_seconds"],
+            sum(now["seconds"]["draft_seconds"]),
+            counted["streamed_bytes"],
+            counted["read_seconds"],
+        )
+
+    def bound(self) -> str:
+        """What took most of the time, and how much the others did."""
+        computing = self.whole - self.waiting - self.drafting
+        parts = {"link": self.waiting, "drafting": self.drafting, "arithmetic": computing}
+        most = max(parts, key=lambda name: parts[name])
+        shares = ", ".join(f"{name} {s / self.whole:.0%}" for name, s in parts.items() if s)
+        rate = self.nbytes / self.reading / 1e9
+        return f"{most} ({shares} of the time; the disk gave {rate:.1f} GB/s)"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=0.5, help="size of the model (default 0.5)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens per prompt (default 48)")
-    parser.add_argument("--bits", type=int, default=8, choices=(2, 3, 4, 8), help="of substitutes")
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of substitutes")
     args = parser.parse_args()
     colour = sys.stdout.isatty() or os.environ.get("FORCE_COLOR") == "1"
 
@@ -90,12 +125,12 @@ def main() -> int:
     session.generate(PROMPTS[:1], 4, speculate=True)  # warm-up
     plain: list[Generated] = []
     subspec: list[Generated] = []
-    streamed = {}
+    spent = {}
     for answers, speculate in ((plain, False), (subspec, True)):
-        before = session.call("streaming_stats")["bytes_streamed"]
+        before, started = session.call("statistics"), time.perf_counter()
         for prompt in PROMPTS:
             answers += session.generate([prompt], args.tokens, speculate, logprobs=2)
-        streamed[speculate] = session.call("streaming_stats")["bytes_streamed"] - before
+        spent[speculate] = Spent.since(session, before, started)
 
     for answer in subspec:
         print(f"{DIM}{answer.prompt}{RESET}{coloured(session, answer, colour)}\n{DIM}---{RESET}")
@@ -103,14 +138,16 @@ def main() -> int:
 
     rows = [
         ["", "tokens/s", "tokens/round", "MiB streamed/token"],
-        row("no speculation", plain, streamed[False]),
-        row("SubSpec", subspec, streamed[True]),
+        row("no speculation", plain, spent[False].nbytes),
+        row("SubSpec", subspec, spent[True].nbytes),
     ]
     for cells in rows:
         print(f"  {cells[0]:<16}" + "".join(f"{cell:>20}" for cell in cells[1:]))
     speedup = float(rows[2][1]) / float(rows[1][1])
     print(f"\n  speed-up          {BOLD}{speedup:.1f}x{RESET}")
     print(f"  identical text    {compare(plain, subspec)}")
+    print(f"  bound without it  {spent[False].bound()}")
+    print(f"  bound with it     {spent[True].bound()}")
     print(
         f"  peak memory       {peak_memory() / 2**30:.2f} GiB (planned {plan['total'] / 2**30:.2f})"
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from vllm_subspec import __version__
+from vllm_subspec.bench import kernel_rates
 from vllm_subspec.cli import doctor
 from vllm_subspec.cli.main import main
 from vllm_subspec.machine import isa
+from vllm_subspec.weights.kernels import native
+from vllm_subspec.weights.kernels.compiler import BuildError
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 2.50GHz
@@ -121,25 +125,52 @@ def test_a_bad_cap_on_instructions_is_a_failure(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("binding", "cores", "status"),
-    [(None, 2, "hint"), (None, 1, "ok"), (None, 64, "ok"), ("0-1", 2, "ok")],
+    ("binding", "cores", "threads", "status"),
+    [
+        (None, 2, 2, "FAIL"),  # vLLM leaves one of them to its front end
+        (None, 4, 4, "hint"),
+        (None, 1, 1, "ok"),
+        (None, 64, 64, "ok"),
+        ("0-1", 2, 2, "ok"),
+        ("0-1", 2, 1, "FAIL"),
+        (None, 64, 1, "FAIL"),
+    ],
 )
-def test_thread_binding_is_hinted_on_few_cores(
-    binding: str | None, cores: int, status: str, monkeypatch: pytest.MonkeyPatch
+def test_fewer_threads_than_cores_are_told(
+    binding: str | None, cores: int, threads: int, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     if binding:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
-    assert next(iter(doctor.thread_hints(cores))).status == status
+    found = next(iter(doctor.thread_hints(cores, threads)))
+    assert found.status == status
+    if status != "ok":
+        assert (
+            f"VLLM_CPU_OMP_THREADS_BIND=0-{cores - 1} and OMP_NUM_THREADS={cores}" in found.advice
+        )
 
 
-def test_a_missing_compiler_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    (finding,) = doctor.compiler_hint()
-    assert (finding.status, finding.value) == ("hint", "none")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert not list(doctor.compiler_hint())
+def test_kernels_are_shown_with_their_shares() -> None:
+    found = {finding.name: finding for finding in doctor.kernels()}
+    assert found["own kernels"].value in native.levels()
+    for what in ("4 bits", "8 bits", "full precision"):
+        for tokens in ("1 token", "8 tokens", "32 tokens"):
+            (one,) = [f for n, f in found.items() if n.startswith(what) and n.endswith(tokens)]
+            assert isinstance(one.value, float)
+            assert one.value > 0
+            assert re.fullmatch(r"GB/s, \d+% of memory, \d+% of float32", one.unit)
+
+
+def test_missing_kernels_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise BuildError("no C++ compiler: g++ (No such file or directory)")
+
+    monkeypatch.setattr(native, "load", missing)
+    monkeypatch.setattr(kernel_rates, "chosen", dict)
+    first = next(iter(doctor.kernels()))
+    assert (first.status, first.name) == ("FAIL", "own kernels")
+    assert str(first.value).startswith("no C++ compiler")
+    assert "install g++" in first.advice
 
 
 def test_plugin_switched_off_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

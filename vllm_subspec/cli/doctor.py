@@ -45,8 +45,8 @@ class Finding:
         value = f"{self.value:.2f}" if isinstance(self.value, float) else self.value
         if self.status == "FAIL":
             return f"FAIL {self.section}: {self.name}: {value}: {self.advice}"
-        line = f"  {self.name:<28} {value} {self.unit}".rstrip()
-        return f"{line}\n  {'hint:':<28} {self.advice}" if self.status == "hint" else line
+        line = f"  {self.name:<38} {value} {self.unit}".rstrip()
+        return f"{line}\n  {'hint:':<38} {self.advice}" if self.status == "hint" else line
 
 
 def fail(section: str, name: str, value: str, advice: str) -> Finding:
@@ -137,20 +137,37 @@ def device() -> Iterator[Finding]:
         yield fail(section, "NVIDIA GPU", value, advice)
     yield from cpu_flags(Path("/proc/cpuinfo").read_text(), platform.machine())
     yield from instructions()
-    yield from thread_hints(cores)
-    yield from compiler_hint()
+    yield from thread_hints(cores, torch.get_num_threads())
+    yield from kernels()
 
 
-def compiler_hint() -> Iterator[Finding]:
-    """4-bit substitutes have a faster kernel on some CPUs, which is compiled at first use."""
-    if not torch.cpu.get_capabilities().get("avx512_vnni"):
-        return
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        advice = "install g++ (or set CXX): 4-bit substitutes are then about twice as fast here"
-        yield Finding("device", "C++ compiler", "none", status="hint", advice=advice)
-    else:
-        yield Finding("device", "C++ compiler", compiler)
+def kernels() -> Iterator[Finding]:
+    """The kernels that an engine takes on this CPU, and their rates with all threads."""
+    section = "kernels"
+    from vllm_subspec.bench import kernel_rates  # imports vLLM
+    from vllm_subspec.weights.kernels import native
+    from vllm_subspec.weights.kernels.compiler import BuildError
+
+    try:
+        yield Finding(section, "own kernels", native.load())
+    except BuildError as error:
+        advice = (
+            "install g++ (or set CXX), or a wheel that has them; until then drafting and streamed "
+            "layers are several times slower"
+        )
+        yield fail(section, "own kernels", str(error), advice)
+    with torch.inference_mode():
+        found, machine = kernel_rates.chosen(), kernel_rates.machine()
+    yield Finding(section, "memory, read", machine.read / 1e9, "GB/s")
+    yield Finding(section, "float32 product", machine.float32 / 1e9, "GFLOP/s")
+    for what, several in found.items():
+        for rate in several:
+            unit = (
+                f"GB/s, {rate.share_of_reading(machine):.0%} of memory, "
+                f"{rate.share_of_arithmetic(machine):.0%} of float32"
+            )
+            name = f"{what}, {rate.tokens} token{'s' if rate.tokens > 1 else ''}"
+            yield Finding(section, name, rate.nbytes / rate.best / 1e9, unit)
 
 
 def cpu_flags(cpuinfo: str, machine: str) -> Iterator[Finding]:
@@ -187,13 +204,22 @@ def instructions() -> Iterator[Finding]:
             yield Finding(section, name, os.environ[name])
 
 
-def thread_hints(cores: int) -> Iterator[Finding]:
+def thread_hints(cores: int, threads: int) -> Iterator[Finding]:
+    """Whether an engine computes with all cores.
+
+    Args:
+        threads: of torch in this process.
+    """
     binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
-    if binding is None and 1 < cores <= 4:
-        advice = (
-            "vLLM leaves one core to its front end; with few cores set "
-            f"VLLM_CPU_OMP_THREADS_BIND=0-{cores - 1} and OMP_NUM_THREADS={cores}"
-        )
+    variables = f"VLLM_CPU_OMP_THREADS_BIND=0-{cores - 1} and OMP_NUM_THREADS={cores}"
+    if threads == 1 < cores:
+        advice = f"passes take up to {cores} times as long as need be; set {variables}"
+        yield fail("device", "threads", f"1 on {cores} cores", advice)
+    elif binding is None and cores == 2:
+        advice = f"vLLM leaves one of two cores to its front end; set {variables}"
+        yield fail("device", "thread binding", "automatic", advice)
+    elif binding is None and 2 < cores <= 4:
+        advice = f"vLLM leaves one core to its front end; with few cores set {variables}"
         yield Finding("device", "thread binding", "automatic", status="hint", advice=advice)
     else:
         yield Finding("device", "thread binding", binding or "automatic")

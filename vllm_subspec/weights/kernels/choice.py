@@ -138,16 +138,15 @@ def _candidates(
 ) -> dict[str, measured.Candidate]:
     (width,) = kernels[0].container_bits
     fmt = kernels[0].format_for(width, None)
+    weight = functools.cache(lambda: _some_weight(fmt, shape))  # as long as the candidates live
 
     def candidate(kernel: Kernel) -> measured.Candidate:
-        return measured.Candidate(
-            lambda: kernel(_some_weight(fmt, shape), dtype), kernel.estimate_nbytes(fmt, *shape)
-        )
+        nbytes = kernel.estimate_nbytes(fmt, *shape)
+        return measured.Candidate(lambda: kernel(weight(), dtype), nbytes)
 
     return {kernel.name: candidate(kernel) for kernel in kernels}
 
 
-@functools.lru_cache(maxsize=2)
 def _some_weight(fmt: QuantFormat, shape: tuple[int, int]) -> QuantizedWeight:
     rows, columns = shape
     groups = columns // fmt.columns_per_group(columns)

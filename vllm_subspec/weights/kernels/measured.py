@@ -17,11 +17,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from math import inf, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from vllm import envs
@@ -32,6 +33,8 @@ from vllm_subspec.machine import isa, rates
 from vllm_subspec.weights.kernels import native
 
 logger = init_logger(__name__)
+
+T = TypeVar("T")
 
 TOKENS = (1, 8, 32, 128)
 """Of a pass, at which kernels are timed."""
@@ -127,19 +130,30 @@ def _measure(candidates: Mapping[str, Candidate], dtype: torch.dtype) -> dict[st
             logger.debug("%s cannot compute %s here: %s", name, dtype, error)
         else:
             copies[name] = made
-    with _one_thread():
-        turns = [_alternate(list(copies.values()), x[tokens]) for tokens in TOKENS]
+    turns = _on_one_thread(
+        lambda: [_alternate(list(copies.values()), x[tokens]) for tokens in TOKENS]
+    )
     return {name: [turn[i] for turn in turns] for i, name in enumerate(copies)}
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _on_one_thread(call: Callable[[], T]) -> T:
+    """What ``call`` returns, called where torch computes with one thread.
+
+    In a Python thread of its own: each has its own OpenMP threads, and those of the caller may be
+    bound to cores, which they would lose. For the same reason vLLM's workers take torch's public
+    function away.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+
+    def alone() -> T:
+        torch._C.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch._C.set_num_threads(threads)
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(alone).result()
 
 
 def _alternate(kernels: list[list[Product]], x: torch.Tensor) -> list[float]:
