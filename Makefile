@@ -7,13 +7,16 @@ VENV_PYTHON := .venv/bin/python
 FAST := environment="$$($(VENV_PYTHON) scripts/cpu_env.py)" && eval "$$environment" &&
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint manifests soak demo bench goodput clean
+.PHONY: help setup wheel test lint manifests soak demo bench goodput clean
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with vLLM for this machine (done once, then quick)
 	@$(PYTHON) scripts/setup.py
+
+wheel: setup  ## build a wheel with compiled kernels into dist/, for machines without a compiler
+	@$(VENV_PYTHON) -m scripts.wheel
 
 # Engines in processes of their own: vLLM's process groups live as long as the process. The tests of
 # a file share engines. Exit 5 is pytest's "nothing selected", which is fine for one of the two when

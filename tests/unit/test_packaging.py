@@ -205,7 +205,7 @@ def test_wheel_holds_the_package_and_its_entry_points(checkout: Path) -> None:
         "vllm_subspec-0.1.0.dist-info",
     }
     package = checkout / "vllm_subspec"
-    sources = [*package.rglob("*.py"), *package.rglob("*.cpp")]
+    sources = [file for end in ("py", "cpp", "h") for file in package.rglob(f"*.{end}")]
     assert {str(p.relative_to(checkout)) for p in sources} <= set(names)
     assert "[vllm.general_plugins]\nsubspec = vllm_subspec.plugin:register" in entry_points
     assert "vllm-subspec = vllm_subspec.cli.main:main" in entry_points

@@ -49,8 +49,11 @@ def levels() -> tuple[str, ...]:
 def compile_operators(folder: Path) -> Path:
     """torch's operators, which find their kernels in another library. BuildError if that fails."""
     home = Path(torch.__file__).parent
+    include = home / "include"
+    # Messages name torch's headers, not where torch is installed.
+    headers = (f"-fmacro-prefix-map={include}/=", "-isystem", f"{include}")
     # No rpath: torch is loaded when they are.
-    flags = (_TORCH, "-isystem", f"{home / 'include'}", f"-L{home / 'lib'}", "-ltorch_cpu", "-ldl")
+    flags = (_TORCH, *headers, f"-L{home / 'lib'}", "-ltorch_cpu", "-ldl")
     return build(SOURCES / "operators.cpp", folder, flags)
 
 
