@@ -11,11 +11,15 @@ from vllm.utils import cpu_resource_utils
 from vllm.v1.worker import cpu_worker
 
 from vllm_subspec.core.plan import GIB
-from vllm_subspec.engine.runner import TreeCPUModelRunner
+from vllm_subspec.engine.runner import TreeRunner
 from vllm_subspec.engine.worker import DraftingWorker, SubspecWorker
 from vllm_subspec.weights.host_memory import host_memory
 
 logger = init_logger(__name__)
+
+
+class TreeCPUModelRunner(TreeRunner, cpu_worker.CPUModelRunner):
+    pass
 
 
 class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
