@@ -7,7 +7,6 @@
 prints a line of JSON: what each answered, or how it failed.
 """
 
-import gc
 import json
 import os
 import sys
@@ -32,49 +31,42 @@ ENGINE: dict[str, Any] = {
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
 SHORT = ["def parse(text):\n    ", "import os\nimport os\nimport ", "class Stack:\n"]
 LONG = ["x = [1, 2, 3]\n" * 20]  # more than a step computes
+NEW = ["y = [1, 2, 3]\n" * 20]  # and nothing of it is cached
 
 
 def asked(**params: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **params})
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **params})
 
 
 SEEDED = asked(temperature=0.8, seed=7)
-WAVES: dict[str, tuple[list[str], SamplingParams]] = {
+Wave = tuple[list[str], SamplingParams]
+WAVES: dict[str, Wave] = {
     "greedy": (SHORT + LONG, asked()),
     "sampled": (SHORT, asked(temperature=1.0, top_p=0.9)),
     "seeded": (SHORT, SEEDED),
     "min_p": (SHORT, asked(temperature=1.0, min_p=0.2)),
     "biased": (SHORT, asked(logit_bias={5: 3.0})),
-    "top_k": (SHORT, asked(temperature=1.0, top_k=5, seed=3)),
-    # The last of an engine: vLLM's own cannot serve it on a CPU, and ends.
-    "seeded and chunked": (LONG, SEEDED),
 }
+TOP_K = asked(temperature=1.0, top_k=5, seed=3)
+# The last of an engine: vLLM's own cannot serve them on a CPU, and ends.
+PLAIN = {**WAVES, "top k": (SHORT, TOP_K), "seeded and chunked": (NEW, SEEDED)}
+LOOKUPS = {**WAVES, "top k": (SHORT, TOP_K)}
 
 
-def answers(llm: LLM, prompts: list[str], params: SamplingParams) -> Any:
-    try:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return [output.outputs[0].text for output in outputs]
-
-
-def main() -> None:
+def answers(speculative: dict[str, Any] | None, waves: dict[str, Wave]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, speculative in (("plain", None), ("ngram", NGRAM)):
-        llm = LLM(**ENGINE, speculative_config=speculative)
-        for wave, (prompts, params) in WAVES.items():
-            print(name, wave, file=sys.stderr, flush=True)
-            found[f"{name}, {wave}"] = answers(llm, prompts, params)
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-    found["wrong"] = answers_of_a_wrong_engine()
-    registered = "vllm_subspec.plugin" in sys.modules
-    print(json.dumps({"registered": registered, "answers": found}))
+    llm = LLM(**ENGINE, speculative_config=speculative)
+    for name, (prompts, params) in waves.items():
+        try:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            found[name] = [output.outputs[0].text for output in outputs]
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    llm.llm_engine.engine_core.shutdown()
+    return found
 
 
-def answers_of_a_wrong_engine() -> str:
+def wrong() -> str:
     try:
         LLM(**ENGINE, speculative_config={"method": "ngram", "no_such_key": 1})
     except Exception as error:
@@ -83,4 +75,6 @@ def answers_of_a_wrong_engine() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    found = {"plain": answers(None, PLAIN), "wrong": wrong(), "ngram": answers(NGRAM, LOOKUPS)}
+    registered = "vllm_subspec.plugin" in sys.modules
+    print(json.dumps({"registered": registered, "answers": found}))

@@ -127,12 +127,12 @@ class SubspecWorker(StreamingControl, DraftingWorker):
         with self._quiet_ring():
             times = super().compile_or_warm_up_model()
         if failure := self._pass_failure():
-            raise RuntimeError(f'method "subspec" cannot read its streamed weights: {failure}')
+            raise RuntimeError(f'method "subspec" cannot use its streamed weights: {failure}')
         return times
 
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
         output = super().execute_model(scheduler_output)
-        failure = self._pass_failure()
+        failure = self._pass_failure(scheduler_output.total_num_scheduled_tokens > 0)
         if failure is None:
             return output
         self.model_runner.execute_model_state = None
@@ -140,19 +140,19 @@ class SubspecWorker(StreamingControl, DraftingWorker):
         self.model_runner._draft_token_req_ids = None
         return FailedOutput.of(scheduler_output, failure)
 
-    def _pass_failure(self) -> str | None:
+    def _pass_failure(self, ran: bool = False) -> str | None:
         """Why the pass that has just run must not be believed, on any rank of the group."""
         ring = self.loading.ring
         if ring is None:
             return None
-        failure = ring.take_failure()
+        failure = ring.take_failure(ran)
         group = get_tp_group()
         if group.world_size > 1:
             # float32: vLLM's shared-memory all-reduce on the CPU has no integers.
             flag = torch.tensor([float(failure is not None)], device=self.device)
             if not group.all_reduce(flag).item():
                 return None
-            return str(failure or "another rank could not read its weights")
+            return str(failure or "another rank could not use its weights")
         return str(failure) if failure is not None else None
 
     def _ring_stats(self) -> RingStats:

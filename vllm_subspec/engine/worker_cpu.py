@@ -5,7 +5,10 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+from vllm import envs
+from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.utils import cpu_resource_utils
 from vllm.v1.worker import cpu_worker
@@ -31,6 +34,14 @@ class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
         with _page_cache_is_available():
             available: int = super().determine_available_memory()
         return available
+
+    def compile_or_warm_up_model(self) -> Any:
+        if envs.VLLM_USE_AOT_COMPILE and self.compilation_config.mode is not CompilationMode.NONE:
+            logger.info(
+                "On a CPU each start compiles the model again: vLLM keeps compiled code, but can "
+                "load only what its own GPU backend has made"
+            )
+        return super().compile_or_warm_up_model()
 
 
 class HierspecCPUWorker(_OnCPU):
