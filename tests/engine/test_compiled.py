@@ -38,13 +38,13 @@ def test_compiled_target(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Streamed and resident layers in one compiled graph: it must wait for the ring, and the draft
-    must not run it. The ring has fewer slots than there are streamed layers, so that a slot read too
-    early or too late is another layer's. The second start finds the first one's code, which vLLM
-    cannot load on a CPU, and says that it compiles again."""
+    must not run it. The ring has fewer slots than there are streamed layers, so that a slot read
+    too early or too late is another layer's. The second start finds the first one's code, which
+    vLLM cannot load on a CPU, and says that it compiles again."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    reference = engines.reference(PROMPTS, PARAMS, enforce_eager=False)
     monkeypatch.setattr(logging.getLogger("vllm_subspec"), "propagate", True)
     caplog.set_level(logging.INFO, "vllm_subspec")
-    reference = engines.reference(PROMPTS, PARAMS, enforce_eager=False)
     options = {**ROUGH, "resident_weights_gib": resident_gib(3), "ring_layers": 2}
     for start in ("cold", "warm"):
         before = compilation_counter.clone()

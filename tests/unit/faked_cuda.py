@@ -60,8 +60,17 @@ def _extensions() -> None:
         sys.modules[name] = MagicMock()
 
 
-def install(capability: tuple[int, int] = (8, 9)) -> None:
-    """Have vLLM run on a GPU of this compute capability, with 24 GiB."""
+_capability = (8, 9)
+
+
+def set_capability(capability: tuple[int, int]) -> None:
+    """Of the GPU from now on; at first it is 8.9."""
+    global _capability
+    _capability = capability
+
+
+def install() -> None:
+    """Have vLLM run on a GPU with 24 GiB."""
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     _extensions()
     import vllm.platforms
@@ -71,7 +80,7 @@ def install(capability: tuple[int, int] = (8, 9)) -> None:
     class Faked(CudaPlatformBase):
         @classmethod
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-            return DeviceCapability(*capability)
+            return DeviceCapability(*_capability)
 
         @classmethod
         def get_device_name(cls, device_id: int = 0) -> str:

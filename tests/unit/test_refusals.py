@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from vllm_subspec.config import METHODS
-from vllm_subspec.engine import method as methods
 from vllm_subspec.engine import refusals, versions
-from vllm_subspec.engine.in_use import KEY
 from vllm_subspec.weights.streaming import StreamedLayer, StreamingOffloader
 
 ARGS: dict[str, Any] = {
@@ -172,49 +170,6 @@ def test_what_an_engine_cannot_have(method: str, changes: dict[str, Any], reason
 def test_what_an_engine_can_have(method: str) -> None:
     check(method, {})
     check(method, {"async_scheduling": False, "cpu_offload_gb": 0.0})
-
-
-# The platform
-
-
-def rewritten(patch: pytest.MonkeyPatch, platform: str, graphs: CUDAGraphMode | None) -> Any:
-    """The arguments, once our method is configured for this platform."""
-    found = SimpleNamespace(device_type=platform, is_cuda=lambda: platform == "cuda")
-    patch.setattr(methods, "current_platform", found)
-    args, model, parallel = configured({})
-    args.compilation_config = SimpleNamespace(cudagraph_mode=graphs)
-    methods._rewrite(args, "subspec", {"method": "subspec"}, model, parallel)
-    return args
-
-
-@pytest.mark.parametrize("graphs", [CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY])
-def test_whole_cuda_graphs_are_refused(
-    monkeypatch: pytest.MonkeyPatch, graphs: CUDAGraphMode
-) -> None:
-    with pytest.raises(ValueError) as refused:
-        rewritten(monkeypatch, "cuda", graphs)
-    assert str(refused.value) == (
-        'method "subspec" needs CUDA graphs in pieces, but cudagraph_mode is '
-        f"{graphs.name}: set it to PIECEWISE or NONE"
-    )
-    assert rewritten(monkeypatch, "cpu", graphs).compilation_config.cudagraph_mode is graphs
-
-
-@pytest.mark.parametrize(
-    ("given", "used"),
-    [
-        (None, CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.PIECEWISE, CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.NONE, CUDAGraphMode.NONE),
-    ],
-)
-def test_cuda_graphs_in_pieces(
-    monkeypatch: pytest.MonkeyPatch, given: CUDAGraphMode | None, used: CUDAGraphMode
-) -> None:
-    args = rewritten(monkeypatch, "cuda", given)
-    assert args.compilation_config.cudagraph_mode is used
-    assert args.additional_config[KEY]["method"] == "subspec"
 
 
 # vLLM's version

@@ -11,13 +11,7 @@ and part of the compilation hash), and the worker class becomes ours.
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import (
-    CUDAGraphMode,
-    ModelConfig,
-    ParallelConfig,
-    SpeculativeConfig,
-    VllmConfig,
-)
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -71,21 +65,6 @@ def configure(
     return config
 
 
-def _use_piecewise_graphs(args: EngineArgs, method: str) -> None:
-    """A captured graph cannot wait for a copy that was issued outside it: graphs must end there.
-
-    The worker adds our operators to those at which vLLM cuts its graphs.
-    """
-    compilation = args.compilation_config
-    if compilation.cudagraph_mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY):
-        raise ValueError(
-            f'method "{method}" needs CUDA graphs in pieces, but cudagraph_mode is '
-            f"{compilation.cudagraph_mode.name}: set it to PIECEWISE or NONE"
-        )
-    if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-
-
 def _rewrite(
     args: EngineArgs,
     method: str,
@@ -100,7 +79,9 @@ def _rewrite(
     refusals.check(method, args, model_config, parallel_config)
     draft_configs.check(options, model_config, parallel_config)
     if current_platform.is_cuda():
-        _use_piecewise_graphs(args, method)
+        from vllm_subspec.engine import cuda_options  # imports CUDA's attention
+
+        cuda_options.choose(args, method, options.trees, model_config)
     # Of the arguments: who makes a second configuration of them (Ray does) finds what is written
     # below.
     ours = Asked({"method": method, **options.to_json_dict()})

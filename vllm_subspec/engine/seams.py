@@ -234,6 +234,12 @@ STREAMING_CPU: dict[str, tuple[str, ...] | None] = {
 }
 
 CUDA: dict[str, tuple[str, ...] | None] = {
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.validate_configuration": (
+        "head_size",
+        "dtype",
+        "kv_cache_dtype",
+        "device_capability",
+    ),
     "vllm.v1.worker.gpu_worker:Worker._make_model_runner": (),
     "vllm.utils.torch_utils:is_quantized_kv_cache": ("kv_cache_dtype",),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": (
