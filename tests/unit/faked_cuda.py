@@ -50,7 +50,7 @@ def _extensions() -> None:
 
         return put if func is None else put(func)
 
-    torch._ops._OpNamespace.__getattr__ = operator
+    setattr(torch._ops._OpNamespace, "__getattr__", operator)  # noqa: B010 - mypy allows no other
     torch.library.register_fake = fake
     for name in ("_C_stable_libtorch", "_moe_C_stable_libtorch"):
         module = types.ModuleType(f"vllm.{name}")

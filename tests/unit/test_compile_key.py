@@ -11,6 +11,7 @@ from torch import nn
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_subspec import plugin
+from vllm_subspec.config import SubspecOptions
 from vllm_subspec.engine import compat, loading
 from vllm_subspec.engine.method import options_of
 
@@ -23,7 +24,9 @@ def key(patch: pytest.MonkeyPatch, streamed: tuple[int, ...], slots: int) -> str
     config = args.create_engine_config()
     plan = SimpleNamespace(streamed=streamed, ring_layers=slots, describe=lambda: "")
     patch.setattr(loading, "plan_residency", lambda *_: plan)
-    made = loading.Loading(config, options_of(config), 0, torch.device("cpu"))
+    options = options_of(config)
+    assert isinstance(options, SubspecOptions)
+    made = loading.Loading(config, options, 0, torch.device("cpu"))
     assert made._choose(nn.Identity()) == streamed
     found: str = config.compute_hash()
     return found

@@ -40,7 +40,6 @@ def unsuited(dtype: str, capability: str, reason: str) -> str:
     )
 
 
-FLOAT32 = {"dtype": "float32"}
 CHAIN = {"method": "subspec", "branching": 1}
 CASES: dict[str, tuple[tuple[Any, dict[str, Any]], Any]] = {
     "Ada": (subspec(), EAGER),
@@ -59,9 +58,9 @@ CASES: dict[str, tuple[tuple[Any, dict[str, Any]], Any]] = {
         subspec((7, 5), dtype="float16"),
         unsuited("float16", "7.5", "compute capability not supported"),
     ),
-    "float32": (subspec(**FLOAT32), unsuited("float32", "8.9", "dtype not supported")),
+    "float32": (subspec(dtype="float32"), unsuited("float32", "8.9", "dtype not supported")),
     "chains in float32": (
-        subspec(speculative_config=CHAIN, **FLOAT32),
+        subspec(speculative_config=CHAIN, dtype="float32"),
         EAGER | {"backend": None},
     ),
     "FP8 K/V": (
