@@ -40,6 +40,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests import ties
 from tests.leaks import Leaks
+from vllm_subspec.engine import compat
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "pystd-1m"
 ENGINE: dict[str, Any] = {
@@ -149,6 +150,8 @@ class Engine:
     """An engine that answers requests, some of which are aborted."""
 
     def __init__(self, speculative: dict[str, Any] | None, **settings: Any) -> None:
+        if speculative is None:
+            compat.apply()  # or vLLM would fail where ours must not
         self.llm = LLM(**ENGINE, **settings, speculative_config=speculative)
 
     def answer(self, asked: Sequence[Asked]) -> list[Got]:

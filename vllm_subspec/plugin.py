@@ -1,32 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Entry point ``vllm.general_plugins``: vLLM calls `register` in the front end, the engine core and
-every worker, possibly more than once. Nothing heavy happens here.
+every worker, possibly more than once, also where nobody asks for our methods. There it must be
+cheap, and change nothing.
 """
 
-import importlib.metadata
 import logging
-import os
-
-SUPPORTED_VLLM = ("0.32.0", "0.33")
-SKIP_VERSION_CHECK = "VLLM_SUBSPEC_SKIP_VERSION_CHECK"
 
 
 def register() -> None:
-    """Check that this vLLM is one we know, and install the hooks.
-
-    Raises:
-        RuntimeError: vLLM's version is outside the supported range, or a symbol of it that this
-            package builds on has moved.
-    """
-    _check_version()
-    from vllm_subspec.engine import compat, method, metrics, seams
+    """Make our methods known; everything else waits until one of them is used (`in_use`)."""
+    from vllm_subspec.engine import in_use
 
     _log_like_vllm()
-    seams.require()
-    compat.apply()
-    method.install()
-    metrics.install()
+    in_use.register()
 
 
 def _log_like_vllm() -> None:
@@ -36,17 +23,3 @@ def _log_like_vllm() -> None:
         ours.handlers = list(theirs.handlers)
         ours.propagate = theirs.propagate
         ours.setLevel(theirs.level)
-
-
-def _check_version() -> None:
-    from packaging.specifiers import SpecifierSet
-
-    if os.environ.get(SKIP_VERSION_CHECK) == "1":
-        return
-    version = importlib.metadata.version("vllm")
-    low, high = SUPPORTED_VLLM
-    if not SpecifierSet(f">={low},<{high}").contains(version, prereleases=True):
-        raise RuntimeError(
-            f"vllm-subspec supports vLLM >= {low}, < {high}, but {version} is installed: "
-            f"run pip install 'vllm>={low},<{high}', or set {SKIP_VERSION_CHECK}=1 to try anyway"
-        )

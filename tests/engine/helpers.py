@@ -20,6 +20,7 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.plan import MemoryPlan
+from vllm_subspec.engine import compat
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MODEL = MODELS / "pystd-6m"
@@ -149,6 +150,8 @@ class Engines:
         key = json.dumps(given, sort_keys=True)
         if self._llm is None or key != self._key:
             self.close()
+            if speculative is None:
+                compat.apply()  # or vLLM would fail where ours must not
             self._llm = LLM(**given)
             self._key = key
             if speculative is not None:
@@ -177,6 +180,7 @@ class Engines:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+            compat.undo()
             _settle()
 
 

@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """Answers with a compiled target, and in bf16, where a target may also be quantized."""
 
+import logging
 from pathlib import Path
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.compilation.counter import compilation_counter
 
 from tests.engine.helpers import (
     MODEL,
@@ -30,15 +32,28 @@ PROMPTS = source_prompts(16, shortest=1, longest=200)
 PARAMS = [greedy(32)] * 16
 
 
-def test_compiled_target(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_target(
+    engines: Engines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Streamed and resident layers in one compiled graph: it must wait for the ring, and the draft
-    must not run it. The second start takes the graph from the cache. The ring has fewer slots than
-    there are streamed layers, so that a slot read too early or too late is another layer's."""
+    must not run it. The ring has fewer slots than there are streamed layers, so that a slot read
+    too early or too late is another layer's. The second start finds the first one's code, which
+    vLLM cannot load on a CPU, and says that it compiles again."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     reference = engines.reference(PROMPTS, PARAMS, enforce_eager=False)
+    monkeypatch.setattr(logging.getLogger("vllm_subspec"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm_subspec")
     options = {**ROUGH, "resident_weights_gib": resident_gib(3), "ring_layers": 2}
     for start in ("cold", "warm"):
+        before = compilation_counter.clone()
+        caplog.clear()
         llm = engines.get(options, enforce_eager=False)
+        assert compilation_counter.num_aot_artifacts_loaded == before.num_aot_artifacts_loaded
+        assert compilation_counter.num_aot_artifacts_saved > before.num_aot_artifacts_saved
+        assert "On a CPU each start compiles the model again" in caplog.text
         answers = generate(llm, PROMPTS, PARAMS)
         engines_passes = worker_of(llm).streaming_stats()["passes"]
         counts = draft_counts(llm)

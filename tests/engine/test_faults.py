@@ -97,6 +97,20 @@ def test_generate_returns_the_error(llm: LLM, source: FaultySource, expected: li
     assert generate(llm, PROMPTS[:1], PARAMS[:1]) == expected[:1]
 
 
+@pytest.mark.parametrize("block", [0, 2, LAYERS - 1])
+def test_a_missed_wait_is_no_answer(
+    llm: LLM, expected: list[Answer], monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """As where a graph was compiled for another memory plan."""
+    ring = ring_of(llm)
+    wait = ring.wait
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "wait", lambda awaited: None if awaited == block else wait(awaited))
+        (answer,) = generate(llm, PROMPTS[:1], PARAMS[:1])
+    assert answer.finish_reason == "error" and not answer.tokens
+    assert generate(llm, PROMPTS[:1], PARAMS[:1]) == expected[:1]
+
+
 def test_a_failed_pass_leaves_nothing_in_the_prefix_cache(
     llm: LLM, source: FaultySource, expected: list[Answer]
 ) -> None:

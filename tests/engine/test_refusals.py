@@ -84,8 +84,8 @@ def test_arguments_may_be_used_again(shape: Any) -> None:
     ("arguments", "names", "remedy"),
     [
         (
-            {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
-            "--worker-cls is vllm.v1.worker.cpu_worker.CPUWorker",
+            {"worker_cls": "vllm.config.VllmConfig"},
+            "--worker-cls or another plugin brings vllm.config.VllmConfig",
             "remove one of them",
         ),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2", "--tensor-parallel-size"),

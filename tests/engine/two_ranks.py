@@ -35,6 +35,7 @@ from tests.engine.helpers import (
     source_prompts,
 )
 from tests.engine.hierarchies import WAYS
+from vllm_subspec.engine.in_use import REPAIR
 
 ROOT = Path(__file__).resolve().parents[2]
 PLATFORM = Path(__file__).parent / "ray_cpu_platform"
@@ -165,6 +166,8 @@ def _over_ray(way: str) -> bool:
 
 def _answer(way: str, model: str, store_dir: str) -> Outcome:
     options = OPTIONS[way]
+    # Or vLLM would fail where ours must not; its workers read it when they start.
+    os.environ[REPAIR] = str(int(options is None))
     llm = LLM(
         model,
         skip_tokenizer_init=not (Path(model) / "tokenizer.json").exists(),

@@ -20,7 +20,8 @@ from vllm import EngineArgs
 from vllm.config import ModelConfig, ParallelConfig
 
 from vllm_subspec.config import METHODS, DrafterOptions, shown
-from vllm_subspec.engine.method import KEY, options_of
+from vllm_subspec.engine.in_use import KEY
+from vllm_subspec.engine.method import options_of
 from vllm_subspec.plugin import register
 
 MODEL = str(Path(__file__).resolve().parents[2] / "models" / "pystd-1m")
@@ -201,11 +202,16 @@ def test_arbitrary_options(model: ModelConfig, method: str, options: Given) -> N
 @settings(OURS, max_examples=100)
 @given(ANYTHING.filter(lambda value: value is not None))
 def test_arbitrary_json(model: ModelConfig, given: Any) -> None:
-    """Also of no method of ours: then the refusal may be vLLM's, which is pydantic's."""
+    """Of no method of ours: the refusal is vLLM's, which is pydantic's or an accident."""
+    with pytest.raises(ValueError if isinstance(given, dict) else Exception):
+        configure(model, given)
+
+
+@pytest.mark.parametrize("given", ["subspec", '{"method": "hierspec"}', "subspec" * 99])
+def test_our_methods_in_no_mapping(model: ModelConfig, given: str) -> None:
     with pytest.raises(ValueError) as caught:
         configure(model, given)
-    if not isinstance(given, dict):
-        assert re.fullmatch(r"--speculative-config is [^\n]{1,200}", str(caught.value))
+    assert re.fullmatch(r"--speculative-config is [^\n]{1,200}", str(caught.value))
 
 
 @settings(OURS, max_examples=50)

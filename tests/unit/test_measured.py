@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written_costs_no_answer(
     assert "cannot keep what was measured" in lines[0]
 
 
-def _measure_slowly(found: "multiprocessing.Queue[tuple[bool, dict[str, Any]]]") -> None:
+def _measure_slowly(found: "multiprocessing.Queue[tuple[bool, dict[int, float]]]") -> None:
     measured_here = False
 
     def make() -> measured.Product:

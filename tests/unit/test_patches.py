@@ -3,6 +3,7 @@
 """The patches apply to the installed vLLM, and their run-time forms do what they say."""
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -69,8 +70,11 @@ BLOCKS = 64
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _plugin() -> None:
+def _in_force() -> Iterator[None]:
     plugin.register()
+    compat.apply()
+    yield
+    compat.undo()
 
 
 # The files
@@ -141,24 +145,53 @@ CHANGED: list[tuple[Any, str]] = [
 ]
 
 
-def test_applying_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def symbols() -> list[Any]:
+    """What is there now, of what is changed and of what must not be."""
     inherited = [(GPUModelRunner, "_sample"), (GPUModelRunner, "_bookkeeping_sync")]
+    return [inspect.getattr_static(owner, name) for owner, name in [*CHANGED, *inherited]]
 
-    def symbols() -> list[Any]:
-        return [inspect.getattr_static(owner, name) for owner, name in [*CHANGED, *inherited]]
 
+def test_applying_twice_changes_nothing() -> None:
     before = symbols()
     compat.apply()
     assert all(one is other for one, other in zip(before, symbols(), strict=True))
     assert "_sample" in vars(CPUModelRunner)
     assert not hasattr(GPUModelRunner._sample, "__wrapped__"), "only the CPU runner is changed"
+    assert list(compat._replaced) == CHANGED
 
-    replaced: list[tuple[Any, str]] = []
-    monkeypatch.setattr(
-        compat, "_replace", lambda owner, name, make: replaced.append((owner, name))
-    )
+
+def test_undoing_leaves_nothing_behind() -> None:
+    changed = symbols()
+    compat.undo()
+    try:
+        assert not any(
+            one is other for one, other in zip(changed[: len(CHANGED)], symbols(), strict=False)
+        )
+        assert "_sample" not in vars(CPUModelRunner)
+        assert not hasattr(Scheduler.update_from_output, "__wrapped__")
+    finally:
+        compat.apply()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_another_plugin_wraps_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """It hides ours, which is neither put in twice nor taken away with theirs."""
+    ours = Scheduler.update_from_output
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    wrapper = functools.wraps(ours)(theirs) if told else theirs
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "update_from_output", wrapper)
+        compat.apply()
+        assert Scheduler.update_from_output is wrapper
+        compat.undo()
+        assert Scheduler.update_from_output is wrapper
     compat.apply()
-    assert replaced == CHANGED
+    assert Scheduler.update_from_output is ours
 
 
 # Both forms of a patch: the run-time one and the patched files

@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from vllm_subspec import plugin
 from vllm_subspec.config import METHODS
-from vllm_subspec.engine import method as methods
-from vllm_subspec.engine import refusals
-from vllm_subspec.engine.method import KEY
+from vllm_subspec.engine import refusals, versions
 from vllm_subspec.machine import isa
 from vllm_subspec.weights.kernels import mixed_precision
 from vllm_subspec.weights.streaming import StreamedLayer, StreamingOffloader
@@ -61,10 +58,6 @@ PARALLEL: dict[str, Any] = {
 HARMLESS = ARGS | MODEL | PARALLEL
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (
-        {"worker_cls": "some.Worker"},
-        "brings its own worker, but --worker-cls is some.Worker: remove one of them",
-    ),
     (
         {"pipeline_parallel_size": 2},
         "needs all layers in one process, but --pipeline-parallel-size is 2: use "
@@ -259,57 +252,6 @@ def test_a_bad_cap_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> N
     check(method, {"kv_cache_dtype": "fp8"})  # a GPU's affair
 
 
-# The platform
-
-
-def rewritten(patch: pytest.MonkeyPatch, platform: str, graphs: CUDAGraphMode | None) -> Any:
-    """The arguments, once our method is configured for this platform."""
-    found = SimpleNamespace(device_type=platform, is_cuda=lambda: platform == "cuda")
-    patch.setattr(methods, "current_platform", found)
-    args, model, parallel = configured({})
-    args.compilation_config = SimpleNamespace(cudagraph_mode=graphs)
-    methods._rewrite(args, "subspec", {"method": "subspec"}, model, parallel)
-    assert parallel.worker_cls == args.worker_cls
-    return args
-
-
-@pytest.mark.parametrize("platform", ["tpu", "xpu", "rocm"])
-def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
-    with pytest.raises(ValueError) as refused:
-        rewritten(monkeypatch, platform, None)
-    assert str(refused.value) == f'method "subspec" runs on CPU and CUDA, not on {platform}'
-
-
-@pytest.mark.parametrize("graphs", [CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY])
-def test_whole_cuda_graphs_are_refused(
-    monkeypatch: pytest.MonkeyPatch, graphs: CUDAGraphMode
-) -> None:
-    with pytest.raises(ValueError) as refused:
-        rewritten(monkeypatch, "cuda", graphs)
-    assert str(refused.value) == (
-        'method "subspec" needs CUDA graphs in pieces, but cudagraph_mode is '
-        f"{graphs.name}: set it to PIECEWISE or NONE"
-    )
-    assert rewritten(monkeypatch, "cpu", graphs).compilation_config.cudagraph_mode is graphs
-
-
-@pytest.mark.parametrize(
-    ("given", "used"),
-    [
-        (None, CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.PIECEWISE, CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.NONE, CUDAGraphMode.NONE),
-    ],
-)
-def test_cuda_graphs_in_pieces(
-    monkeypatch: pytest.MonkeyPatch, given: CUDAGraphMode | None, used: CUDAGraphMode
-) -> None:
-    args = rewritten(monkeypatch, "cuda", given)
-    assert args.compilation_config.cudagraph_mode is used
-    assert args.additional_config[KEY]["method"] == "subspec"
-
-
 # vLLM's version
 
 UNKNOWN = ["0.31.9", "0.32.0rc1", "0.33.0", "0.33.1", "1.0.0"]
@@ -318,7 +260,7 @@ UNKNOWN = ["0.31.9", "0.32.0rc1", "0.33.0", "0.33.1", "1.0.0"]
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes vLLM's version another."""
-    monkeypatch.delenv(plugin.SKIP_VERSION_CHECK, raising=False)
+    monkeypatch.delenv(versions.SKIP_VERSION_CHECK, raising=False)
     real = importlib.metadata.version
 
     def change(version: str) -> None:
@@ -338,7 +280,7 @@ def test_another_vllm_is_refused(
     if skip is not None:
         monkeypatch.setenv("VLLM_SUBSPEC_SKIP_VERSION_CHECK", skip)
     with pytest.raises(RuntimeError) as refused:
-        plugin.register()
+        versions.check()
     assert str(refused.value) == (
         f"vllm-subspec supports vLLM >= 0.32.0, < 0.33, but {version} is installed: run "
         "pip install 'vllm>=0.32.0,<0.33', or set VLLM_SUBSPEC_SKIP_VERSION_CHECK=1 to try anyway"
@@ -348,13 +290,13 @@ def test_another_vllm_is_refused(
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.7.post1"])
 def test_a_vllm_of_the_range_is_not_refused(installed: Any, version: str) -> None:
     installed(version)
-    plugin.register()
+    versions.check()
 
 
 def test_the_version_check_can_be_skipped(monkeypatch: pytest.MonkeyPatch, installed: Any) -> None:
     installed("0.33.0")
     monkeypatch.setenv("VLLM_SUBSPEC_SKIP_VERSION_CHECK", "1")
-    plugin.register()
+    versions.check()
 
 
 # Streaming

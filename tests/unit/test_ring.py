@@ -11,7 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_subspec.weights.ring import HostSource, ReaderStalledError, Ring, ThreadTransfer
+from vllm_subspec.weights.ring import (
+    HostSource,
+    MissedWaitError,
+    ReaderStalledError,
+    Ring,
+    ThreadTransfer,
+)
 from vllm_subspec.weights.store import StoreReadError
 
 NBYTES = 64
@@ -164,9 +170,39 @@ def test_a_read_that_never_ends_is_given_up() -> None:
             ring.wait(3)
         ring.close()
         assert time.monotonic() - begin < 5
-        assert ring.take_failure() is None
     finally:
         Stuck.ended.set()
+
+
+@pytest.mark.parametrize("missed", range(6))
+def test_a_pass_that_misses_a_wait_is_a_failure(missed: int) -> None:
+    ring, buffers = make_ring(6, 2, SlowSource())
+    assert all(run_pass(ring, buffers, 6))
+    assert ring.take_failure(ran=True) is None
+    for block in range(6):
+        if block != missed:
+            ring.wait(block)
+        ring.release(block)
+    failure = ring.take_failure(ran=True)
+    assert isinstance(failure, MissedWaitError)
+    assert "another memory plan" in str(failure) and "\n" not in str(failure)
+    assert all(run_pass(ring, buffers, 6))
+    assert ring.take_failure(ran=True) is None
+    ring.close()
+
+
+def test_code_for_another_number_of_layers_is_a_failure() -> None:
+    ring, buffers = make_ring(6, 2, SlowSource())
+    ring_of_more = "waited for block 6 where 6 was due"
+    assert all(run_pass(ring, buffers, 6))
+    ring.wait(6)
+    ring.release(6)
+    assert ring_of_more in str(ring.take_failure(ran=True))
+    run_pass(ring, buffers, 4)
+    assert "waited for 4 of its 6 blocks" in str(ring.take_failure(ran=True))
+    assert "waited for 0 of its 6 blocks" in str(ring.take_failure(ran=True))
+    assert ring.take_failure() is None, "no pass, no failure"
+    ring.close()
 
 
 def test_host_source_serves_its_blocks() -> None:

@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 
 from vllm_subspec import __version__
 from vllm_subspec.bench.bandwidth import PROBE_BYTES, direct_read_rate, memory_rates
-from vllm_subspec.config import SubspecOptions
+from vllm_subspec.config import METHODS, SubspecOptions
 from vllm_subspec.machine import isa
 from vllm_subspec.weights.store_format import StoreReadError
 
@@ -109,9 +109,16 @@ def _installed(*names: str) -> dict[str, str]:
 
 
 def seams() -> Iterator[Finding]:
-    from vllm_subspec.engine.seams import check_seams  # imports vLLM
+    from vllm.platforms import current_platform
 
-    for report in check_seams():
+    from vllm_subspec.engine.seams import PLATFORMS, check_seams
+
+    platform = current_platform.device_type
+    if platform not in PLATFORMS:
+        yield fail("seams", "platform", platform, "use a machine on which vLLM runs on CPU or CUDA")
+        return
+    reports = {seam.name: seam for method in METHODS for seam in check_seams(method, platform)}
+    for report in reports.values():
         if report.ok:
             yield Finding("seams", report.name, report.detail or "found")
         else:

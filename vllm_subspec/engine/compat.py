@@ -3,13 +3,14 @@
 """Changes to vLLM's behaviour, applied at run time.
 
 Each function here is the run-time form of one file in ``patches/``, which says why the change is
-needed and when it can go. `apply` is idempotent; what it changes was checked by `seams`.
+needed and when it can go. They take effect where our methods are used (`in_use`); `apply` is
+idempotent, `undo` its inverse. What is changed was checked by `seams`.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,8 @@ import torch
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
-from vllm.utils import cpu_triton_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCoreProc
@@ -26,15 +27,20 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.structured_output import StructuredOutputManager
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.grammar_walk import best_path, fill_masks, valid_nodes
 from vllm_subspec.engine import orphan, refusals
 from vllm_subspec.engine.failure import FailedOutput, fail_requests
-from vllm_subspec.engine.method import PROPOSER, options_of
+from vllm_subspec.engine.in_use import PROPOSER
+from vllm_subspec.engine.method import options_of
 
-_MARK = "_vllm_subspec_patch"
+if TYPE_CHECKING:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+_ABSENT = object()
+_replaced: dict[tuple[Any, str], tuple[Any, Any]] = {}
+"""What was there (`_ABSENT`: only inherited) and what is now, by owner and name."""
 
 
 def apply() -> None:
@@ -54,13 +60,24 @@ def apply() -> None:
         patch()
 
 
+def undo() -> None:
+    """Put vLLM's own back, except beneath what another plugin has wrapped around ours since."""
+    for (owner, name), (before, now) in list(_replaced.items()):
+        if vars(owner).get(name) is not now:
+            continue
+        if before is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+        del _replaced[owner, name]
+
+
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    original = inspect.getattr_static(owner, name)  # a property as such, not its value
-    if getattr(original, _MARK, False) or getattr(getattr(original, "fget", None), _MARK, False):
+    if (owner, name) in _replaced:
         return
-    replacement = make(original)
-    setattr(getattr(replacement, "fget", replacement), _MARK, True)
-    setattr(owner, name, replacement)
+    now = make(inspect.getattr_static(owner, name))  # a property as such, not its value
+    _replaced[owner, name] = vars(owner).get(name, _ABSENT), now
+    setattr(owner, name, now)
 
 
 def _lookahead() -> None:
@@ -101,7 +118,10 @@ def _expand_kernel() -> None:
 
         return expand
 
-    _replace(cpu_triton_utils, "_expand_kernel_impl", make)
+    if current_platform.is_cpu():
+        from vllm.utils import cpu_triton_utils
+
+        _replace(cpu_triton_utils, "_expand_kernel_impl", make)
 
 
 def _cpu_generators() -> None:
@@ -110,13 +130,13 @@ def _cpu_generators() -> None:
     vLLM rewinds the generator by an offset, which only CUDA generators have.
     """
 
-    def discarded(runner: CPUModelRunner) -> list[int]:
+    def discarded(runner: "CPUModelRunner") -> list[int]:
         mask = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
         return [i for i in mask.nonzero()[0].tolist() if i in runner.input_batch.generators]
 
     def sample(original: Any) -> Any:
         @functools.wraps(original)
-        def _sample(self: CPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        def _sample(self: "CPUModelRunner", *args: Any, **kwargs: Any) -> Any:
             generators = self.input_batch.generators
             before = {i: generators[i].get_state() for i in discarded(self)}
             output = original(self, *args, **kwargs)
@@ -128,7 +148,7 @@ def _cpu_generators() -> None:
 
     def bookkeeping(original: Any) -> Any:
         @functools.wraps(original)
-        def _bookkeeping_sync(self: CPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        def _bookkeeping_sync(self: "CPUModelRunner", *args: Any, **kwargs: Any) -> Any:
             generators = self.input_batch.generators
             held_back = {i: generators.pop(i) for i in discarded(self)}
             try:
@@ -138,9 +158,13 @@ def _cpu_generators() -> None:
 
         return _bookkeeping_sync
 
-    # Both are inherited: set on the CPU runner, they leave the GPU runner as it is.
-    _replace(CPUModelRunner, "_sample", sample)
-    _replace(CPUModelRunner, "_bookkeeping_sync", bookkeeping)
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu_worker  # noqa: F401 - to be imported before the runner
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        # Both are inherited: set on the CPU runner, they leave the GPU runner as it is.
+        _replace(CPUModelRunner, "_sample", sample)
+        _replace(CPUModelRunner, "_bookkeeping_sync", bookkeeping)
 
 
 def _failed_steps() -> None:

@@ -59,6 +59,9 @@ from vllm_subspec.weights.substitute_store import SubstituteStore
 
 logger = init_logger(__name__)
 
+PLAN = "subspec_plan"
+"""Of the plan's part in the compiled code, in ``additional_config``."""
+
 
 class Loading:
     """One worker's weights: where they lie, and how they got there.
@@ -134,6 +137,12 @@ class Loading:
             self._config, self._options, first_layer, self._device, self._source
         )
         logger.info("Memory plan, per rank:\n%s", self.plan.describe())
+        # Compiled code waits where this plan has streamed layers, and is kept under a key that
+        # holds this dictionary and otherwise nothing of the plan.
+        self._config.additional_config[PLAN] = {
+            "streamed": list(self.plan.streamed),
+            "slots": self.plan.ring_layers,
+        }
         return self.plan.streamed
 
     def _begin(self, streamed: list[StreamedLayer]) -> bool:

@@ -8,27 +8,17 @@ our options travel in ``additional_config["subspec"]`` (an official field: pickl
 and part of the compilation hash), and the worker class becomes ours.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-from vllm.config import (
-    CUDAGraphMode,
-    ModelConfig,
-    ParallelConfig,
-    SpeculativeConfig,
-    VllmConfig,
-)
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_subspec.config import METHODS, HierspecOptions, SubspecOptions, shown
-from vllm_subspec.engine import draft_configs, refusals
+from vllm_subspec.config import METHODS, HierspecOptions, SubspecOptions
+from vllm_subspec.engine import beside, draft_configs, refusals
+from vllm_subspec.engine.in_use import KEY, PROPOSER, Asked
 
-_MARK = "_vllm_subspec_method"
-
-KEY = "subspec"
-"""Of our options in ``additional_config``."""
-PROPOSER = "vllm_subspec.engine.proposer.DraftProposer"
 WORKERS = {
     ("subspec", "cpu"): "vllm_subspec.engine.worker_cpu.SubspecCPUWorker",
     ("subspec", "cuda"): "vllm_subspec.engine.worker_cuda.SubspecGPUWorker",
@@ -46,46 +36,33 @@ def options_of(config: VllmConfig) -> SubspecOptions | HierspecOptions | None:
     return METHODS[given.pop("method")].parse(given)
 
 
-def install() -> None:
-    """Wrap `EngineArgs.create_speculative_config`, once."""
-    original = EngineArgs.create_speculative_config
-    if getattr(original, _MARK, False):
-        return
+def configure(
+    args: EngineArgs,
+    method: str,
+    create: Callable[..., SpeculativeConfig | None],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> SpeculativeConfig | None:
+    """vLLM's configuration of an engine whose arguments name ``method``.
 
-    @functools.wraps(original)
-    def create_speculative_config(
-        self: EngineArgs,
-        target_model_config: ModelConfig,
-        target_parallel_config: ParallelConfig,
-    ) -> SpeculativeConfig | None:
-        given = {} if self.speculative_config is None else self.speculative_config
-        if not isinstance(given, dict):
-            raise ValueError(
-                f"--speculative-config is {shown(given)}: it must be a JSON object, such as "
-                '{"method": "subspec"}'
-            )
-        method = given.get("method", self.spec_method)
-        if isinstance(method, str) and method in METHODS:
-            _rewrite(self, method, dict(given), target_model_config, target_parallel_config)
-        return original(self, target_model_config, target_parallel_config)
+    Args:
+        create: `EngineArgs.create_speculative_config`, as it was before ours, with what other
+            plugins have made of it.
 
-    setattr(create_speculative_config, _MARK, True)
-    EngineArgs.create_speculative_config = create_speculative_config
-
-
-def _use_piecewise_graphs(args: EngineArgs, method: str) -> None:
-    """A captured graph cannot wait for a copy that was issued outside it: graphs must end there.
-
-    The worker adds our operators to those at which vLLM cuts its graphs.
+    Raises ValueError, in one sentence, if the engine cannot run the method.
     """
-    compilation = args.compilation_config
-    if compilation.cudagraph_mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY):
-        raise ValueError(
-            f'method "{method}" needs CUDA graphs in pieces, but cudagraph_mode is '
-            f"{compilation.cudagraph_mode.name}: set it to PIECEWISE or NONE"
-        )
-    if compilation.cudagraph_mode in (None, CUDAGraphMode.FULL_AND_PIECEWISE):
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    given = dict(args.speculative_config or {})
+    if given.get("model") != PROPOSER:
+        _rewrite(args, method, given, model_config, parallel_config)
+    config = create(args, model_config, parallel_config)
+    # Another plugin may have put its worker in now, or before.
+    ours = WORKERS[method, current_platform.device_type]
+    theirs = parallel_config.worker_cls
+    if theirs not in ("auto", ours):
+        beside.check(method, theirs)
+        args.additional_config[beside.KEY] = theirs
+    parallel_config.worker_cls = args.worker_cls = ours
+    return config
 
 
 def _rewrite(
@@ -99,19 +76,15 @@ def _rewrite(
     if args.spec_tokens is not None:
         given.setdefault("num_speculative_tokens", args.spec_tokens)
     options = METHODS[method].parse({str(key).replace("-", "_"): v for key, v in given.items()})
-    worker = WORKERS.get((method, current_platform.device_type))
-    if worker is None:
-        raise ValueError(
-            f'method "{method}" runs on CPU and CUDA, not on {current_platform.device_type}'
-        )
     refusals.check(method, args, model_config, parallel_config)
     draft_configs.check(options, model_config, parallel_config)
     if current_platform.is_cuda():
-        _use_piecewise_graphs(args, method)
-    # Of the arguments too: who makes a second configuration of them (Ray does) finds what is
-    # written below, and no method of ours any more.
-    parallel_config.worker_cls = args.worker_cls = worker
-    ours = {"method": method, **options.to_json_dict()}
+        from vllm_subspec.engine import cuda_options  # imports CUDA's attention
+
+        cuda_options.choose(args, method, options.trees, model_config)
+    # Of the arguments: who makes a second configuration of them (Ray does) finds what is written
+    # below.
+    ours = Asked({"method": method, **options.to_json_dict()})
     args.additional_config = {**(args.additional_config or {}), KEY: ours}
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.speculative_config = {

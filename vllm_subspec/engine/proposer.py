@@ -24,7 +24,7 @@ from vllm_subspec.core.round_log import RoundLog, RoundRecord
 from vllm_subspec.drafters.base import ComputedRow, Drafter, DraftRow
 from vllm_subspec.engine import ranks, spans
 from vllm_subspec.engine.drafting import Models, Pruning
-from vllm_subspec.engine.method import options_of
+from vllm_subspec.engine.method import WORKERS, options_of
 from vllm_subspec.engine.verification import Verification
 from vllm_subspec.weights.ring import RingStats
 
@@ -38,6 +38,12 @@ class DraftProposer:
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = options_of(vllm_config)
         assert options is not None
+        worker = vllm_config.parallel_config.worker_cls
+        if worker not in WORKERS.values():
+            raise ValueError(
+                f'method "{options.METHOD}" brings its own worker, but another plugin has put '
+                f"{worker} in its place: remove that plugin, or name it in --worker-cls"
+            )
         self.options = options
         self.enabled = True
         self.log = RoundLog(options.limit)

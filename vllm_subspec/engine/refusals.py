@@ -73,10 +73,6 @@ def _reasons(
     args: EngineArgs, model: ModelConfig, parallel: ParallelConfig
 ) -> Iterator[tuple[bool, str]]:
     yield (
-        parallel.worker_cls != "auto",
-        f"brings its own worker, but --worker-cls is {parallel.worker_cls}: remove one of them",
-    )
-    yield (
         parallel.pipeline_parallel_size > 1,
         f"needs all layers in one process, but --pipeline-parallel-size is "
         f"{parallel.pipeline_parallel_size}: use --tensor-parallel-size instead",

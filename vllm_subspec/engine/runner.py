@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.outputs import DraftTokenIds, SamplerOutput
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_subspec.core.acceptance import walk_batch
@@ -32,7 +31,7 @@ _STREAM = 0x5B5BEC
 
 
 class TreeRunner(GPUModelRunner):
-    """What both runners share; put before a platform's runner class among the bases."""
+    """Of a GPU; on the CPU it is put before vLLM's own runner there among the bases."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -176,11 +175,3 @@ class TreeRunner(GPUModelRunner):
         sources, destinations = (torch.as_tensor(part, device=self.device) for part in slots)
         layers = self.layers_of(self.drafter.target_layers)
         attention.move_pages(self.device, layers, sources, destinations)
-
-
-class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
-    pass
-
-
-class TreeGPUModelRunner(TreeRunner):
-    pass

@@ -7,16 +7,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_subspec.config import SubspecOptions
-from vllm_subspec.engine import attention
+from vllm_subspec.engine import attention, beside, in_use
 from vllm_subspec.engine.control import DraftingControl, StreamingControl
 from vllm_subspec.engine.failure import FailedOutput
 from vllm_subspec.engine.loading import Loading
 from vllm_subspec.engine.proposer import DraftProposer
+from vllm_subspec.engine.runner import TreeRunner
 from vllm_subspec.weights.host_memory import forget_peak
 from vllm_subspec.weights.ring import RingStats
 
@@ -27,10 +29,22 @@ if TYPE_CHECKING:
 class DraftingWorker(DraftingControl, Worker):
     """What all workers share; put before a platform's worker class among the bases."""
 
+    def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> "DraftingWorker":
+        return super().__new__(beside.joined(cls, vllm_config))
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        in_use.worker_begins(self.options.METHOD)
+        self._begun = True
+
     def init_device(self) -> None:
         super().init_device()
         runner = self.model_runner
-        assert isinstance(runner.drafter, DraftProposer)
+        if not (isinstance(runner, TreeRunner) and isinstance(runner.drafter, DraftProposer)):
+            raise ValueError(
+                f'method "{self.options.METHOD}" works in a model runner of its own, but '
+                f"{self._others()} made {type(runner).__name__}: remove it"
+            )
         # vLLM stops drafting for the whole batch when one request nears its limit; our proposer
         # clips each row by itself.
         runner.effective_drafter_max_model_len = sys.maxsize
@@ -38,6 +52,10 @@ class DraftingWorker(DraftingControl, Worker):
             attention.install(runner.device)
         self.proposer = runner.drafter
         self._bind()
+
+    def _others(self) -> str:
+        extra: Any = self.vllm_config.additional_config
+        return str(extra.get(beside.KEY, "another plugin"))
 
     def _bind(self) -> None:
         """Give the proposer what it drafts with."""
@@ -67,6 +85,9 @@ class DraftingWorker(DraftingControl, Worker):
         if self.options.trees:
             attention.uninstall(self.device)
         super().shutdown()
+        if self._begun:  # vLLM may say it twice
+            self._begun = False
+            in_use.worker_ends()
 
 
 class SubspecWorker(StreamingControl, DraftingWorker):
@@ -106,12 +127,12 @@ class SubspecWorker(StreamingControl, DraftingWorker):
         with self._quiet_ring():
             times = super().compile_or_warm_up_model()
         if failure := self._pass_failure():
-            raise RuntimeError(f'method "subspec" cannot read its streamed weights: {failure}')
+            raise RuntimeError(f'method "subspec" cannot use its streamed weights: {failure}')
         return times
 
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
         output = super().execute_model(scheduler_output)
-        failure = self._pass_failure()
+        failure = self._pass_failure(scheduler_output.total_num_scheduled_tokens > 0)
         if failure is None:
             return output
         self.model_runner.execute_model_state = None
@@ -119,19 +140,19 @@ class SubspecWorker(StreamingControl, DraftingWorker):
         self.model_runner._draft_token_req_ids = None
         return FailedOutput.of(scheduler_output, failure)
 
-    def _pass_failure(self) -> str | None:
+    def _pass_failure(self, ran: bool = False) -> str | None:
         """Why the pass that has just run must not be believed, on any rank of the group."""
         ring = self.loading.ring
         if ring is None:
             return None
-        failure = ring.take_failure()
+        failure = ring.take_failure(ran)
         group = get_tp_group()
         if group.world_size > 1:
             # float32: vLLM's shared-memory all-reduce on the CPU has no integers.
             flag = torch.tensor([float(failure is not None)], device=self.device)
             if not group.all_reduce(flag).item():
                 return None
-            return str(failure or "another rank could not read its weights")
+            return str(failure or "another rank could not use its weights")
         return str(failure) if failure is not None else None
 
     def _ring_stats(self) -> RingStats:

@@ -7,17 +7,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from vllm import envs
+from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.utils import cpu_resource_utils
 from vllm.v1.worker import cpu_worker
 
 from vllm_subspec.core.plan import GIB
-from vllm_subspec.engine.runner import TreeCPUModelRunner
+from vllm_subspec.engine.runner import TreeRunner
 from vllm_subspec.engine.worker import DraftingWorker, SubspecWorker
 from vllm_subspec.weights.host_memory import host_memory
 from vllm_subspec.weights.resident_linear import resident_linears
 
 logger = init_logger(__name__)
+
+
+class TreeCPUModelRunner(TreeRunner, cpu_worker.CPUModelRunner):
+    pass
 
 
 class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
@@ -33,6 +39,14 @@ class _OnCPU(DraftingWorker, cpu_worker.CPUWorker):
         with _page_cache_is_available():
             available: int = super().determine_available_memory()
         return available
+
+    def compile_or_warm_up_model(self) -> Any:
+        if envs.VLLM_USE_AOT_COMPILE and self.compilation_config.mode is not CompilationMode.NONE:
+            logger.info(
+                "On a CPU each start compiles the model again: vLLM keeps compiled code, but can "
+                "load only what its own GPU backend has made"
+            )
+        return super().compile_or_warm_up_model()
 
 
 class HierspecCPUWorker(_OnCPU):

@@ -2,14 +2,14 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """The workers on CUDA."""
 
-from vllm_subspec.engine.runner import TreeGPUModelRunner
+from vllm_subspec.engine.runner import TreeRunner
 from vllm_subspec.engine.worker import DraftingWorker, SubspecWorker
 from vllm_subspec.weights.streaming import RING_OPERATORS
 
 
 class _OnGPU(DraftingWorker):
-    def _make_model_runner(self) -> TreeGPUModelRunner:
-        return TreeGPUModelRunner(self.vllm_config, self.device)
+    def _make_model_runner(self) -> TreeRunner:
+        return TreeRunner(self.vllm_config, self.device)
 
 
 class HierspecGPUWorker(_OnGPU):

@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -66,8 +65,9 @@ class Order:
 
     @classmethod
     def of(cls, experts: RoutedExperts) -> Self:
-        kernel = experts.quant_method.experts_cls
-        return cls(kernel.isa if issubclass(kernel, CPUUnquantizedExperts) else None)
+        method = experts.quant_method
+        packs = method.unquantized_backend is UnquantizedMoeBackend.CPU
+        return cls(method.experts_cls.isa if packs else None)
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """``[experts, out, in]``, a new tensor if packed at all."""

@@ -119,6 +119,16 @@ class RingStats:
     """Of them, those that the pass stood still for."""
 
 
+class MissedWaitError(Exception):
+    """A pass that did not wait for a block may have computed with the weights of another."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: its code was made for another memory plan; remove vLLM's compile cache "
+            "(VLLM_CACHE_ROOT) and restart"
+        )
+
+
 @dataclass
 class Ring:
     """Orders loads into slots. Called by one thread only: the one that runs the model."""
@@ -134,7 +144,8 @@ class Ring:
                 f"a ring of {self.slots} slots cannot serve {len(self.block_nbytes)} blocks"
             )
         self._loading: list[int] = [-1] * self.slots  # the block each slot holds or awaits
-        self._failure: StoreReadError | None = None
+        self._failure: StoreReadError | MissedWaitError | None = None
+        self._due = 0  # the block that the pass is to wait for next
         self.waits: deque[Interval] = deque(maxlen=_KEPT)
         """The newest times that the compute thread stood still for a block."""
         for block in range(self.slots):
@@ -159,6 +170,12 @@ class Ring:
         slot = block % self.slots
         if block == 0:
             self._begin_pass()
+        if block != self._due or block >= self.blocks:
+            missed = MissedWaitError(f"a pass waited for block {block} where {self._due} was due")
+            self._failure = self._failure or missed
+        if block >= self.blocks:
+            return
+        self._due = block + 1
         if self._loading[slot] != block:
             # The last pass did not reach its end, or a pass began in the middle.
             self._drain(slot)
@@ -180,13 +197,24 @@ class Ring:
 
     def release(self, block: int) -> None:
         """``block`` has been used by everything issued so far; refill its slot."""
+        if block >= self.blocks:
+            return
         slot = block % self.slots
         self.transfer.release(slot)
         follower = block + self.slots
         self._load(follower if follower < self.blocks else slot)
 
-    def take_failure(self) -> StoreReadError | None:
-        """The first read error since the last call, if any."""
+    def take_failure(self, ran: bool = False) -> StoreReadError | MissedWaitError | None:
+        """The first read error, or missed wait, since the last call, if any.
+
+        Args:
+            ran: whether a pass has been run since then, which the ring does not see if it waited
+                for nothing at all.
+        """
+        if self._due != self.blocks and (ran or self._due):
+            missed = f"a pass waited for {self._due} of its {self.blocks} blocks"
+            self._failure = self._failure or MissedWaitError(missed)
+        self._due = 0
         failure, self._failure = self._failure, None
         return failure
 
@@ -194,6 +222,7 @@ class Ring:
         self.transfer.close()
 
     def _begin_pass(self) -> None:
+        self._due = 0
         self.stats.passes += 1
         if self.stats.passes > 1:
             self.stats.head_start_total += self.slots
