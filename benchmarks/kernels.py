@@ -5,9 +5,9 @@
     python -m benchmarks.kernels --out benchmarks/results/kernels-NAME.json
 
 One process for each level, under the cap (`machine.isa`), so that libraries use no more than ours.
-All kernels of a width or dtype take turns on weights that rotate out of cache. The read bandwidth
-and the float32 rate are measured in the same process, before and after, and the better one counts;
-so does a kernel's own rate where that is higher than any library's.
+All kernels of a width or dtype take turns on weights that rotate out of cache, and so does reading
+memory. The float32 rate is the best of torch's large product, before and after, and of all float32
+linears below.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_subspec.bench import environment, kernel_rates
-from vllm_subspec.bench.kernel_rates import Machine, Rate
-from vllm_subspec.machine import isa
+from vllm_subspec.bench.kernel_rates import Rate
+from vllm_subspec.machine import isa, rates
 from vllm_subspec.weights import plain_linear
 from vllm_subspec.weights.kernels import choice
 
@@ -35,7 +34,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def measure(seconds: float) -> dict[str, Any]:
     """All kernels at the level of this process."""
-    before = kernel_rates.machine()
+    before = rates.float32_rate()
     found: dict[str, dict[str, list[Rate]]] = {}
     for rows, columns in SHAPES:
         shape = f"{rows} x {columns}"
@@ -56,41 +55,30 @@ def measure(seconds: float) -> dict[str, Any]:
                 TOKENS,
                 seconds,
             )
-    machine = best_of(before, kernel_rates.machine(), found)
-    level = isa.level()
-    result: dict[str, Any] = {
-        "level": level.name if level else "none",
-        "read_gb_per_s": round(machine.read / 1e9, 2),
-        "float32_gflop_per_s": round(machine.float32 / 1e9, 1),
-        "kernels": {},
-    }
-    for family, by_name in found.items():
-        result["kernels"][family] = {
-            name: {str(rate.tokens): rate.to_json_dict(machine) for rate in several}
-            for name, several in by_name.items()
-        }
-    return result
-
-
-def best_of(before: Machine, after: Machine, found: dict[str, dict[str, list[Rate]]]) -> Machine:
-    """The most that was seen: what a share is a share of."""
     full = [
-        rate
+        rate.operations / rate.best
         for family, by_name in found.items()
         if family.startswith("full precision, float32")
         for several in by_name.values()
         for rate in several
     ]
-    machine = Machine(max(before.read, after.read), max(before.float32, after.float32))
-    most = max(rate.operations / rate.best for rate in full)
-    return replace(machine, float32=max(machine.float32, most))
+    float32 = max(before, rates.float32_rate(), *full)
+    level = isa.level()
+    return {
+        "level": level.name if level else "none",
+        "float32_gflop_per_s": round(float32 / 1e9, 1),
+        "kernels": {
+            family: {
+                name: {str(rate.tokens): rate.to_json_dict(float32) for rate in several}
+                for name, several in by_name.items()
+            }
+            for family, by_name in found.items()
+        },
+    }
 
 
 def print_table(result: dict[str, Any]) -> None:
-    print(
-        f"\n{result['level']}: memory {result['read_gb_per_s']} GB/s, float32 "
-        f"{result['float32_gflop_per_s']} GFLOP/s"
-    )
+    print(f"\n{result['level']}: float32 {result['float32_gflop_per_s']} GFLOP/s")
     for family, by_name in result["kernels"].items():
         print(f"  {family}")
         for name, by_tokens in by_name.items():

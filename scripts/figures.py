@@ -171,13 +171,57 @@ weight store ({store:.1f} GiB) and the quantized substitutes ({substitutes:.1f} 
 fast."""
 
 
+def kernels(results: dict[str, Any]) -> str:
+    """Own kernels at every level of one machine's instructions (kernels-*.json)."""
+
+    def share(by_name: dict[str, Any], tokens: int, of: str) -> str:
+        return f"{by_name['own'][str(tokens)][of]:.0%}"
+
+    rows = []
+    for level in results["levels"]:
+        families = level["kernels"]
+        full = families["full precision, bfloat16, 11008 x 4096"]
+        low = {bits: families[f"{bits} bits, bfloat16, 11008 x 4096"] for bits in (4, 8)}
+        own = {bits: low[bits][f"own W{bits}A8"] for bits in low}
+        times = low[4]["torch int4pack"]["16"]["median_us"] / own[4]["16"]["median_us"]
+        rows.append(
+            [
+                f"`{level['level']}`",
+                share(full, 1, "share_of_reading"),
+                share(full, 32, "share_of_float32_rate"),
+                f"{full['torch']['32']['median_us'] / full['own']['32']['median_us']:.1f}",
+                f"{own[4]['1']['share_of_reading']:.0%}",
+                f"{times:.1f}",
+                f"{own[8]['1']['share_of_reading']:.0%}",
+            ]
+        )
+    head = [
+        "level",
+        "bfloat16, 1 token: of memory's rate",
+        "32 tokens: of the float32 rate",
+        "times torch",
+        "4 bits, 1 token: of memory's rate",
+        "16 tokens: times torch int4pack",
+        "8 bits, 1 token: of memory's rate",
+    ]
+    return table(head, rows)
+
+
+LEVELS = {
+    "amx_bf16": "amx",
+    "avx512_bf16": "avx512_bf16",
+    "avx512_vnni": "avx512_vnni",
+    "avx512f": "avx512",
+}
+"""Of a CPU, by the highest flag that it has."""
+
+
 def command(results: dict[str, Any]) -> str:
-    return f"    {results['environment']['command']}"
-
-
-def units(results: dict[str, Any]) -> str:
-    """Whether the CPU of a run multiplies bfloat16 by itself."""
-    return f"with{'' if 'amx_bf16' in results['environment']['cpu_flags'] else 'out'} AMX"
+    """What was run, and on which class of CPUs."""
+    about = results.get("environment", results)
+    flags = about["cpu_flags"]
+    level = next((level for flag, level in LEVELS.items() if flag in flags), "avx2")
+    return f"    {about['command']}\n\nOn {about['cores']} cores of class `{level}`:"
 
 
 def render() -> str:
@@ -185,6 +229,7 @@ def render() -> str:
     ways, hierarchy, others = load("streamed"), load("hierarchy"), load("peers")
     loaded, starts, shape = load("goodput"), load("start"), load("budget-qwen2.5-7b")
     ttft, tpot = (loaded["targets_ms"][name] / 1000 for name in ("ttft", "tpot"))
+    speeds = load("kernels-zen5")
     told, gib = ways["scenario"], 2**30
     return f"""\
 {BEGIN}
@@ -201,7 +246,7 @@ per round, and these over streaming plus drafting time / over the longer of the 
 
 **The shape of Qwen2.5-7B in 8 GiB** (the bundled model as wide and as deep, in bfloat16; the first
 layers streamed from disk; greedy, one request, {shape["scenario"]["requests"]} prompts x \
-{shape["scenario"]["tokens"]} tokens; on {shape["environment"]["cores"]} cores {units(shape)}):
+{shape["scenario"]["tokens"]} tokens):
 
 {command(shape)}
 
@@ -225,6 +270,13 @@ and without take turns, {loaded["repeats"]} of each):
 {command(loaded)}
 
 {load_table(loaded)}
+
+**Kernels** of one CPU at every level of instructions that it has (a weight of 11008 x 4096, out of
+cache; medians; memory is read in turns with them):
+
+{command(speeds)}
+
+{kernels(speeds)}
 
 **Starting** ({starts["model"]}):
 

@@ -3,13 +3,14 @@
 """How fast this CPU's kernels compute with all threads, beside what the machine can do at most.
 
 Few tokens are bound by reading the weights, many by arithmetic: a rate is told as a share of both.
+What memory gives changes from second to second on a machine that others use as well, so memory is
+read in turns with the kernels, and the median of one is told as a share of that of the other.
 """
 
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -22,12 +23,7 @@ SHOWN = (1, 8, 32)
 """Tokens."""
 _SECONDS = 0.15  # for each kernel and number of tokens, unless few turns take longer
 _LEAST_TURNS = 5
-
-
-@dataclass(frozen=True)
-class Machine:
-    read: float  # bytes/s
-    float32: float  # operations/s
+_READ_BYTES = 128 << 20  # of memory, at least and in a turn
 
 
 @dataclass(frozen=True)
@@ -39,26 +35,25 @@ class Rate:
     median: float  # seconds
     nbytes: int  # of the weight
     operations: int  # two for each multiplication
+    memory: float  # bytes/s that were read meanwhile, in turns with the products; a median
 
-    def share_of_reading(self, machine: Machine) -> float:
-        return self.nbytes / self.best / machine.read
+    @property
+    def share_of_reading(self) -> float:
+        return self.nbytes / self.median / self.memory
 
-    def share_of_arithmetic(self, machine: Machine) -> float:
-        return self.operations / self.best / machine.float32
+    def share_of_arithmetic(self, float32: float) -> float:
+        """Of the operations/s of a float32 product."""
+        return self.operations / self.best / float32
 
-    def to_json_dict(self, machine: Machine) -> dict[str, Any]:
+    def to_json_dict(self, float32: float) -> dict[str, float]:
         return {
             "best_us": round(self.best * 1e6, 1),
             "median_us": round(self.median * 1e6, 1),
-            "gb_per_s": round(self.nbytes / self.best / 1e9, 2),
-            "share_of_reading": round(self.share_of_reading(machine), 3),
-            "share_of_float32_rate": round(self.share_of_arithmetic(machine), 3),
+            "gb_per_s": round(self.nbytes / self.median / 1e9, 2),
+            "memory_gb_per_s": round(self.memory / 1e9, 2),
+            "share_of_reading": round(self.share_of_reading, 3),
+            "share_of_float32_rate": round(self.share_of_arithmetic(float32), 3),
         }
-
-
-def machine() -> Machine:
-    """Measured now."""
-    return Machine(rates.read_rate(), rates.float32_rate())
 
 
 def alternate(
@@ -74,31 +69,42 @@ def alternate(
         shape: of the candidates' weights.
         seconds: of each candidate and number of tokens.
     """
-    out_of_cache = max(1, 2 * rates.largest_cache())
+    cache = rates.largest_cache()
     copies: dict[str, list[measured.Product]] = {}
     for name, candidate in candidates.items():
-        made = [candidate.make() for _ in range(max(2, -(-out_of_cache // candidate.nbytes)))]
+        made = [candidate.make() for _ in range(max(2, -(-2 * cache // candidate.nbytes)))]
         try:
             made[0](torch.zeros(1, shape[1], dtype=dtype))
         except RuntimeError:  # such a product is not to be had on this CPU
             continue
         copies[name] = made
+    memory = torch.ones(max(_READ_BYTES, 4 * cache) // 8, dtype=torch.int64)
+    readers = (memory.sum, memory.view(torch.float64).sum)
     found: dict[str, list[Rate]] = {name: [] for name in copies}
     for m in tokens:
         x = torch.randn(m, shape[1]).to(dtype)
         times: dict[str, list[float]] = {name: [] for name in copies}
+        reads: list[float] = []
         end, turn = time.perf_counter() + seconds * len(copies), 0
         while turn < _LEAST_TURNS or time.perf_counter() < end:
             for name, products in copies.items():
                 began = time.perf_counter()
                 products[turn % len(products)](x)
                 times[name].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            readers[turn % len(readers)]()
+            reads.append(time.perf_counter() - began)
             turn += 1
         for name, taken in times.items():
-            operations = 2 * m * shape[0] * shape[1]
-            nbytes = candidates[name].nbytes
-            median = statistics.median(taken)
-            found[name].append(Rate(m, min(taken), median, nbytes, operations))
+            rate = Rate(
+                m,
+                min(taken),
+                statistics.median(taken),
+                candidates[name].nbytes,
+                2 * m * shape[0] * shape[1],
+                memory.nbytes / statistics.median(reads),
+            )
+            found[name].append(rate)
     return found
 
 
@@ -117,3 +123,13 @@ def chosen(dtype: torch.dtype = torch.bfloat16) -> dict[str, list[Rate]]:
         by_tokens[next(n for t, n in reversed(steps) if t <= m)][i] for i, m in enumerate(SHOWN)
     ]
     return found
+
+
+def describe() -> dict[str, dict[str, dict[str, float]]]:
+    """`chosen`, as a result holds it: by what is computed and by tokens."""
+    with torch.inference_mode():
+        float32 = rates.float32_rate()
+        return {
+            what: {str(rate.tokens): rate.to_json_dict(float32) for rate in several}
+            for what, several in chosen().items()
+        }

@@ -37,7 +37,8 @@ def measure(scenario: Scenario, progress: Callable[[str], None] = lambda _: None
             warm: set[tuple[Any, ...]] = set()
             for cell in scenario.cells(bits):
                 cells.append(_cell(engine, scenario, cell, warm, progress))
-            engines.append({"bits": bits, "ready_seconds": ready, **engine.call(_engine)})
+            told = {**engine.call(_engine), "kernels": engine.call(_kernels)}
+            engines.append({"bits": bits, "ready_seconds": ready, **told})
     stream_seconds = {engine["bits"]: engine["stream_seconds"] for engine in engines}
     for measured in cells:
         _add_bounds(measured, stream_seconds[measured["bits"]])
@@ -218,6 +219,15 @@ def _engine(session: "Session") -> dict[str, Any]:
         "link_bytes_per_second": rate,
         "stream_seconds": plan["store_bytes"] / rate,
     }
+
+
+def _kernels(session: "Session") -> dict[str, Any]:
+    """Rates of a CPU's kernels in the engine's own process, by what is computed and by tokens."""
+    from vllm.platforms import current_platform
+
+    from vllm_subspec.bench import kernel_rates
+
+    return kernel_rates.describe() if current_platform.is_cpu() else {}
 
 
 def _add_bounds(cell: dict[str, Any], stream_seconds: float) -> None:

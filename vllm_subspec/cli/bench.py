@@ -169,7 +169,7 @@ def _list(values: Any) -> str:
 
 
 def _print(result: Mapping[str, Any]) -> None:
-    """The cells as a table."""
+    """The cells as a table, and the rates of the kernels that computed."""
     for cell in result["cells"]:
         told = {k: cell[k] for k in ("bits", "batch", "temperature", "depth")}
         print(", ".join(f"{name} {value:g}" for name, value in told.items() if value is not None))
@@ -180,3 +180,11 @@ def _print(result: Mapping[str, Any]) -> None:
             if "serial_bound" in way:
                 line += f"   bounds {way['serial_bound']:.1f} / {way['overlapped_bound']:.1f}"
             print(line)
+    kernels = {what: rows for e in result.get("engines", ()) for what, rows in e["kernels"].items()}
+    for what, by_tokens in kernels.items():
+        shares = ", ".join(
+            f"{tokens}: {row['gb_per_s']:.1f} GB/s ({row['share_of_reading']:.0%} of memory, "
+            f"{row['share_of_float32_rate']:.0%} of float32)"
+            for tokens, row in by_tokens.items()
+        )
+        print(f"{what}, by tokens: {shares}")

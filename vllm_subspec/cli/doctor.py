@@ -25,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 from vllm_subspec import __version__
 from vllm_subspec.bench.bandwidth import PROBE_BYTES, direct_read_rate, memory_rates
 from vllm_subspec.config import METHODS, SubspecOptions
-from vllm_subspec.machine import isa
+from vllm_subspec.machine import isa, rates
 from vllm_subspec.weights.store_format import StoreReadError
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.33")
@@ -164,17 +164,16 @@ def kernels() -> Iterator[Finding]:
         )
         yield fail(section, "own kernels", str(error), advice)
     with torch.inference_mode():
-        found, machine = kernel_rates.chosen(), kernel_rates.machine()
-    yield Finding(section, "memory, read", machine.read / 1e9, "GB/s")
-    yield Finding(section, "float32 product", machine.float32 / 1e9, "GFLOP/s")
+        found, float32 = kernel_rates.chosen(), rates.float32_rate()
+    yield Finding(section, "float32 product", float32 / 1e9, "GFLOP/s")
     for what, several in found.items():
         for rate in several:
             unit = (
-                f"GB/s, {rate.share_of_reading(machine):.0%} of memory, "
-                f"{rate.share_of_arithmetic(machine):.0%} of float32"
+                f"GB/s, {rate.share_of_reading:.0%} of memory, "
+                f"{rate.share_of_arithmetic(float32):.0%} of float32"
             )
             name = f"{what}, {rate.tokens} token{'s' if rate.tokens > 1 else ''}"
-            yield Finding(section, name, rate.nbytes / rate.best / 1e9, unit)
+            yield Finding(section, name, rate.nbytes / rate.median / 1e9, unit)
 
 
 def cpu_flags(cpuinfo: str, machine: str) -> Iterator[Finding]:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The vllm-subspec authors
-"""How fast this CPU reads memory and multiplies, with the threads that torch has here.
-
-Each figure is the best of several tries: whatever else runs only ever makes it lower.
-"""
+"""What this CPU is, and how fast it multiplies."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +9,6 @@ from pathlib import Path
 import torch
 
 _TRIES = 6
-_LEAST_BYTES = 128 << 20  # of memory to read
 _SQUARE = 1536  # rows and columns of the matrices to multiply
 
 
@@ -41,14 +37,8 @@ def fastest(call: Callable[[], object], tries: int = _TRIES) -> float:
     return best
 
 
-def read_rate() -> float:
-    """Bytes of memory read per second, without writing: the best of torch's own reductions."""
-    memory = torch.ones(max(_LEAST_BYTES, 4 * largest_cache()) // 8, dtype=torch.int64)
-    wide = memory.view(torch.float64)
-    return memory.nbytes / min(fastest(memory.sum), fastest(memory.amax), fastest(wide.sum))
-
-
 def float32_rate() -> float:
-    """Operations per second of a large float32 matrix product; two for each multiplication."""
+    """Operations per second of a large float32 matrix product with torch's threads; two for each
+    multiplication. The best of several tries: whatever else runs only ever makes it lower."""
     square = torch.ones(_SQUARE, _SQUARE)
     return float(2 * _SQUARE**3 / fastest(lambda: square @ square))

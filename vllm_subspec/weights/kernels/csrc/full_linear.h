@@ -9,9 +9,10 @@
 // fall to it in order, then the lanes are added in a fixed tree. Neither tiles nor threads change
 // that: a token's result does not depend on its batch, bit for bit.
 //
-// For one tile of tokens a weight is read once, a few rows side by side. For more, a block of rows
-// and columns stays in the second-level cache while tile after tile of tokens passes, whose
-// activations stay in the first-level cache.
+// For one tile of tokens a weight is read once, a few rows side by side; for one token, which waits
+// for memory, row after row with a few blocks side by side, where a row is a number of those. For more
+// tokens, a block of rows and columns stays in the second-level cache while tile after tile of tokens
+// passes, whose activations stay in the first-level cache.
 
 #pragma once
 
@@ -111,6 +112,8 @@ constexpr int rows_for(int tokens) { return tokens == 1 ? 6 : tokens == 2 ? 4 : 
 constexpr int64_t kTileTokens = 4, kUnitRows = 24, kRowsInCache = 72;
 #endif
 
+constexpr int kAbreast = 4;  // blocks of a row; alone, each product would wait for the one before
+
 struct Part {
   int64_t columns;  // of the block, a multiple of the step
   int64_t tail;     // columns beyond them
@@ -157,6 +160,25 @@ void tile(const typename P::Element* w, int64_t w_stride, int64_t behind,
     float* to = out + t * kRowsInCache + r;
     *to = part.first ? sum(sums[r][t]) : *to + sum(sums[r][t]);
   }
+}
+
+#define EACH_BLOCK _Pragma("GCC unroll 4") for (int b = 0; b < kAbreast; ++b)
+
+// Adds a few whole blocks of one row, side by side, to *out. What comes after them in memory is read
+// next.
+template <typename P>
+void blocks(const typename P::Element* w, const typename P::Packed* x, bool first, float* out) {
+  Floats sums[kAbreast][1][1];
+  EACH_BLOCK sums[b][0][0] = zero_floats();
+  for (int64_t k = 0; k < kBlock; k += P::kStep) {
+    EACH_BLOCK {
+      const int64_t at = b * kBlock + k;
+      _mm_prefetch(reinterpret_cast<const char*>(w + kAbreast * kBlock + at), _MM_HINT_T0);
+      step<P, 0>(w + at, 0, x + at, 0, sums[b]);
+      if constexpr (P::kPhases == 2) step<P, 1>(w + at, 0, x + at, 0, sums[b]);
+    }
+  }
+  EACH_BLOCK *out = first && b == 0 ? sum(sums[b][0][0]) : *out + sum(sums[b][0][0]);
 }
 
 template <typename P>
@@ -242,12 +264,20 @@ struct Full {
 
   // Rows [row, row + rows), at most kRowsInCache; sums: [tokens][kRowsInCache].
   void compute(int64_t row, int64_t rows, float* sums) const {
-    // Of one tile of tokens, whole rows after each other; otherwise a block of columns of all rows.
-    const int64_t together = tiles() == 1 ? kTiles<P>[job.tokens - 1].rows : rows;
-    for (int64_t r = 0; r < rows; r += together) {
-      for (int64_t k = 0; k < job.columns; k += kBlock) {
-        for (int64_t t = 0; t < tiles(); ++t) {
-          multiply(row + r, std::min(together, rows - r), k, t, sums + r);
+    if (job.tokens == 1 && job.columns % (kAbreast * kBlock) == 0) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < job.columns; k += kAbreast * kBlock) {
+          blocks<P>(weight(row + r) + k, packed + k, k == 0, sums + r);
+        }
+      }
+    } else {
+      // Of one tile of tokens, whole rows after each other; otherwise a block of columns of all.
+      const int64_t together = tiles() == 1 ? kTiles<P>[job.tokens - 1].rows : rows;
+      for (int64_t r = 0; r < rows; r += together) {
+        for (int64_t k = 0; k < job.columns; k += kBlock) {
+          for (int64_t t = 0; t < tiles(); ++t) {
+            multiply(row + r, std::min(together, rows - r), k, t, sums + r);
+          }
         }
       }
     }
