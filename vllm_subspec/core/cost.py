@@ -5,7 +5,7 @@
 Everything is a pure function of the numbers passed in: no clock is read. All sums are in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +52,19 @@ class CostLine:
         """Seconds at ``x``: never below 0."""
         return max(0.0, self._y + self.slope * (x - self._x))
 
+    def expect(self, points: Mapping[int, float]) -> None:
+        """Begin with seconds by x that were not observed; the next observations count for more.
+
+        Args:
+            points: at least one.
+        """
+        x, y = np.array(list(points), np.float64), np.array(list(points.values()), np.float64)
+        self._weight, self._x, self._y = 1.0, float(x.mean()), float(y.mean())
+        self._xx = float(((x - self._x) ** 2).mean())
+        self._xy = float(((x - self._x) * (y - self._y)).mean())
+        # Whatever is observed first is believed, several times as long or not.
+        self._deviation = self._y
+
     def doubt(self) -> None:
         """What was observed so far is old: the next observations count for more than it."""
         self._weight = min(self._weight, 1.0)
@@ -93,6 +106,16 @@ class Round:
         return sum(self.step_seconds)
 
 
+@dataclass(frozen=True)
+class ExpectedCosts:
+    """Seconds that rounds are expected to cost before any was observed."""
+
+    step: Mapping[int, float]
+    """Of a draft step, by nodes."""
+    verify: Mapping[int, float]
+    """Of a pass of the target, by tokens; one token is among them."""
+
+
 class RowMeans(NamedTuple):
     """Of a row in a round that drafted, on average over the recent ones."""
 
@@ -119,6 +142,12 @@ class RoundCosts:
         self.rounds = 0
         self._means = np.zeros(len(RowMeans._fields))
         self._weight = 0.0
+
+    def expect(self, costs: ExpectedCosts) -> None:
+        """Begin with these, before the first round."""
+        self.step.expect(costs.step)
+        self.verify.expect(costs.verify)
+        self.plain.expect({1: costs.verify[1]})
 
     @property
     def means(self) -> RowMeans:

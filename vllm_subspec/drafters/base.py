@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_subspec.core.acceptance import Walks
-from vllm_subspec.core.cost import Round
+from vllm_subspec.core.cost import ExpectedCosts, Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.growth import Nodes
 from vllm_subspec.core.resting import Reading
@@ -124,6 +124,9 @@ class Drafter(Protocol):
 
     def observe(self, drafts: Sequence[DraftTokens], walks: Walks) -> None:
         """What was accepted of drafts."""
+
+    def expect(self, costs: ExpectedCosts) -> None:
+        """What rounds will cost, before the first one."""
 
     def observe_round(self, done: Round) -> None:
         """What a round cost whose drafts are the last ones."""

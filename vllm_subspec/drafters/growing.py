@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 
 from vllm_subspec.core.acceptance import Walks, verdicts
-from vllm_subspec.core.cost import Round
+from vllm_subspec.core.cost import ExpectedCosts, Round
 from vllm_subspec.core.depth import DepthController
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.resting import Reading
@@ -34,6 +34,9 @@ class GrowingDrafter:
         for draft, path in zip(drafts, walks.paths, strict=True):
             nodes, accepted, first = verdicts(draft.tree, path)
             self.growth.acceptance.observe(draft.confidence[nodes], accepted, first)
+
+    def expect(self, costs: ExpectedCosts) -> None:
+        self.growth.costs.expect(costs)
 
     def observe_round(self, done: Round) -> None:
         self.growth.observe_round(done)

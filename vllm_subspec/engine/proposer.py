@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_subspec.core.cost import Round
+from vllm_subspec.core.cost import ExpectedCosts, Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.resting import Reading
 from vllm_subspec.core.round_log import RoundLog, RoundRecord
@@ -49,6 +49,7 @@ class DraftProposer:
         self.log = RoundLog(options.limit)
         self._traced = vllm_config.observability_config.otlp_traces_endpoint is not None
         self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
+        self._expected: ExpectedCosts | None = None
         self._pass_began: float | None = None
         self._pass_ended = 0.0
         self._drafted = (0.0, 0.0)  # when the last drafting began and ended
@@ -82,7 +83,15 @@ class DraftProposer:
         key = (branching, depth, pruning, hierarchy)
         if key not in self._drafters:
             self._drafters[key] = self._models.drafter(*key)
+            if self._expected is not None:
+                self._drafters[key].expect(self._expected)
         self.drafter = self._drafters[key]
+
+    def expect(self, costs: ExpectedCosts) -> None:
+        """What rounds of all drafters are expected to cost, before the first one."""
+        self._expected = costs
+        for drafter in self._drafters.values():
+            drafter.expect(costs)
 
     def pass_begins(self) -> None:
         """The target's next pass starts now."""

@@ -14,6 +14,7 @@ from vllm.utils import cpu_resource_utils
 from vllm.v1.worker import cpu_worker
 
 from vllm_subspec.core.plan import GIB
+from vllm_subspec.engine.expected_costs import expected_costs
 from vllm_subspec.engine.runner import TreeRunner
 from vllm_subspec.engine.worker import DraftingWorker, SubspecWorker
 from vllm_subspec.weights.host_memory import host_memory
@@ -54,6 +55,19 @@ class HierspecCPUWorker(_OnCPU):
 
 
 class SubspecCPUWorker(_OnCPU, SubspecWorker):
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        hidden = self.model_config.get_hidden_size()
+        costs = expected_costs(self.loading, self.model_runner.get_model(), hidden)
+        if costs is not None:
+            self.proposer.expect(costs)
+            logger.info(
+                "Expected of one request: a draft step takes %.1f ms, a pass of the target %.1f ms",
+                1000 * costs.step[1],
+                1000 * costs.verify[1],
+            )
+        return times
+
     def determine_available_memory(self) -> int:
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes is not None:

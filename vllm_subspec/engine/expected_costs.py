@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The vllm-subspec authors
+"""What rounds will cost, before the first one: measured on the loaded weights of a CPU.
+
+A draft step reads all substitutes and computes logits; a pass of the target waits for its streamed
+weights or, with many tokens, for their products. So the kernels that will compute are called on the
+weights that they will read, with nothing between them. Attention and norms are left out: the first
+rounds correct it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
+
+from vllm_subspec.core.cost import ExpectedCosts
+from vllm_subspec.engine import ranks
+from vllm_subspec.engine.loading import Loading
+from vllm_subspec.weights.kernels import SubstituteKernel
+
+_TOKENS = (1, 32)
+_TRIES = 2
+
+
+def expected_costs(loading: Loading, target: Any, hidden: int) -> ExpectedCosts | None:
+    """Of one request; None where nothing streams, or where experts are drafted with.
+
+    Args:
+        target: a vLLM model, with its streamed weights in the ring's slots.
+        hidden: width of its hidden state.
+    """
+    stream = _stream_seconds(loading)
+    kernels = list(loading.substitutes.values())
+    if stream is None or not all(isinstance(kernel, SubstituteKernel) for kernel in kernels):
+        return None
+    dtype = next(target.parameters()).dtype
+    step, verify = [], []
+    with torch.inference_mode():
+        for tokens in _TOKENS:
+            head = _seconds(target.compute_logits, tokens, hidden, dtype)
+            step.append(head + sum(_seconds(k, tokens, k.columns, dtype) for k in kernels))
+            verify.append(max(stream, head + _product_seconds(loading, tokens, dtype)))
+    agreed = ranks.agree([*step, *verify])
+    return ExpectedCosts(
+        dict(zip(_TOKENS, agreed[: len(step)], strict=True)),
+        dict(zip(_TOKENS, agreed[len(step) :], strict=True)),
+    )
+
+
+def _stream_seconds(loading: Loading) -> float | None:
+    """Of all streamed weights, at the rate of the passes that have warmed the engine up."""
+    ring = loading.ring
+    if ring is None or not ring.transfer.read_seconds or not ring.stats.bytes_streamed:
+        return None
+    return loading.plan.store_bytes * ring.transfer.read_seconds / ring.stats.bytes_streamed
+
+
+def _product_seconds(loading: Loading, tokens: int, dtype: torch.dtype) -> float:
+    """Of the target's linears: one streamed layer speaks for all of them, and one resident."""
+    layers, plan = loading.offloader.layers, loading.plan
+    return sum(
+        len(alike) * _layer_seconds(layers[alike[0]], tokens, dtype)
+        for alike in (plan.streamed, plan.resident)
+        if alike
+    )
+
+
+def _layer_seconds(layer: nn.Module, tokens: int, dtype: torch.dtype) -> float:
+    linears: Sequence[Any] = [m for m in layer.modules() if isinstance(m, LinearBase)]
+    return sum(
+        _seconds(
+            lambda x, linear=linear: linear.quant_method.apply(linear, x),
+            tokens,
+            getattr(linear, "input_size_per_partition", linear.input_size),
+            dtype,
+        )
+        for linear in linears
+    )
+
+
+def _seconds(
+    call: Callable[[torch.Tensor], Any], tokens: int, columns: int, dtype: torch.dtype
+) -> float:
+    x = torch.zeros(tokens, columns, dtype=dtype)
+    fastest = float("inf")
+    for _ in range(_TRIES):
+        began = time.perf_counter()
+        call(x)
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
