@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: The vllm-subspec authors
 """A pass without speculation over a model streamed from disk, beside the disk's own time for it.
 
-    python -m benchmarks.plain_pass --levels avx2 avx512_bf16 --out benchmarks/results/plain-pass.json
+    python -m benchmarks.plain_pass --levels avx2 --out benchmarks/results/plain-pass.json
 
-One process for each level of instructions (`machine.isa`). In turns the weight store is read as fast
-as the disk gives it, with nothing else to do, and a request decodes a few tokens; each token is a
-pass that streams every decoder layer.
+One process for each level of instructions (`machine.isa`). In turns the weight store is read as
+fast as the disk gives it, with nothing else to do, and a request decodes a few tokens; each token
+is a pass that streams every decoder layer.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_subspec.core.acceptance import Walks
-from vllm_subspec.core.cost import Round
+from vllm_subspec.core.cost import ExpectedCosts, Round
 from vllm_subspec.core.draft_tokens import DraftTokens
 from vllm_subspec.core.opinions import Opinions
 from vllm_subspec.core.resting import Reading
@@ -82,6 +82,9 @@ class RandomDrafter:
 
     def pays(self, rows: int, reading: Reading | None = None) -> bool:
         raise AssertionError("whether it pays is for the outer drafter to say")
+
+    def expect(self, costs: ExpectedCosts) -> None:
+        raise AssertionError("what rounds cost is the outer drafter's affair")
 
     def observe_plain(self, rows: int, seconds: float, pure: bool) -> None:
         raise AssertionError("whoever drafts in passes has no plain ones")

@@ -8,8 +8,9 @@ weights that they will read, with nothing between them. Attention and norms are 
 rounds correct it.
 """
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +34,17 @@ def expected_costs(loading: Loading, target: Any, hidden: int) -> ExpectedCosts 
         hidden: width of its hidden state.
     """
     stream = _stream_seconds(loading)
-    kernels = list(loading.substitutes.values())
-    if stream is None or not all(isinstance(kernel, SubstituteKernel) for kernel in kernels):
+    found = list(loading.substitutes.values())
+    kernels = [kernel for kernel in found if isinstance(kernel, SubstituteKernel)]
+    if stream is None or len(kernels) < len(found):
         return None
     dtype = next(target.parameters()).dtype
     step, verify = [], []
     with torch.inference_mode():
         for tokens in _TOKENS:
             head = _seconds(target.compute_logits, tokens, hidden, dtype)
-            step.append(head + sum(_seconds(k, tokens, k.columns, dtype) for k in kernels))
+            products = [_seconds(kernel, tokens, kernel.columns, dtype) for kernel in kernels]
+            step.append(head + sum(products))
             verify.append(max(stream, head + _product_seconds(loading, tokens, dtype)))
     agreed = ranks.agree([*step, *verify])
     return ExpectedCosts(
@@ -69,16 +72,13 @@ def _product_seconds(loading: Loading, tokens: int, dtype: torch.dtype) -> float
 
 
 def _layer_seconds(layer: nn.Module, tokens: int, dtype: torch.dtype) -> float:
-    linears: Sequence[Any] = [m for m in layer.modules() if isinstance(m, LinearBase)]
-    return sum(
-        _seconds(
-            lambda x, linear=linear: linear.quant_method.apply(linear, x),
-            tokens,
-            getattr(linear, "input_size_per_partition", linear.input_size),
-            dtype,
-        )
-        for linear in linears
-    )
+    seconds = 0.0
+    for linear in layer.modules():
+        if isinstance(linear, LinearBase):
+            columns = getattr(linear, "input_size_per_partition", linear.input_size)
+            product = functools.partial(linear.quant_method.apply, linear)
+            seconds += _seconds(product, tokens, columns, dtype)
+    return seconds
 
 
 def _seconds(
