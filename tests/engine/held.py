@@ -12,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.v1.utils import CpuGpuBuffer
 
 from vllm_subspec.weights.kernels import SubstituteKernel
+from vllm_subspec.weights.resident_linear import resident_linear
 
 
 def held_bytes() -> int:
@@ -30,7 +31,9 @@ def held_bytes() -> int:
             buffers |= {side.untyped_storage().data_ptr() for side in (made.cpu, made.gpu)}
         elif isinstance(made, SubstituteKernel):
             held[id(made)] = made.nbytes - sum(buffer.nbytes for buffer in made.buffers())
-        elif hasattr(made, "cpu_linear"):
+        elif (
+            getattr(made, "cpu_linear", resident_linear) is not resident_linear
+        ):  # ours packs nothing
             held[id(made.cpu_linear)] = _packed_bytes(made)
     gc.freeze()
     return sum(size for place, size in held.items() if place not in buffers)

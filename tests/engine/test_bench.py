@@ -13,6 +13,7 @@ from tests.engine.helpers import MODEL, MODELS
 from vllm_subspec.bench.engine_process import EngineProcess
 from vllm_subspec.bench.session import Session
 from vllm_subspec.cli.main import main
+from vllm_subspec.core.plan import GATHERED
 
 OPTIONS = {"resident_weights_gib": 0, "bits": 8}  # quantized in a second
 ENGINE = {"kv_cache_memory_bytes": 48 << 20, "max_model_len": 512}
@@ -102,8 +103,9 @@ def test_memory_is_as_planned(large: Path, stores: Path) -> None:
     """At a start from a store: while one is written, pages of the checkpoint's file count too."""
     with EngineProcess(large, OPTIONS | {"store_dir": str(stores)}, **ENGINE) as engine:
         planned, peak = engine.call(_planned_and_peak)
-    # Measured: 1.1%. What oneDNN and the allocator keep is another on each host.
-    assert peak == pytest.approx(planned, rel=0.08)
+    # Measured: 1.1%. What oneDNN and the allocator keep is another on each host, and where our own
+    # kernels compute there is less of it.
+    assert 0.92 * planned - GATHERED <= peak <= 1.08 * planned
 
 
 def _planned_and_peak(session: Session) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from tests.engine.helpers import (
     worker_of,
 )
 from vllm_subspec.cli.main import main
+from vllm_subspec.weights.kernels import mixed_precision
 
 PROMPTS = source_prompts(8, 4, 60)
 PARAMS = [greedy(24)] * len(PROMPTS)
@@ -33,6 +34,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plain_vllm_serves_the_saved_checkpoint(engines: Engines, saved: Path) -> None:
+    if (reason := mixed_precision.no_w4a16()) is not None:
+        pytest.skip(reason)
     full = engines.reference(PROMPTS, PARAMS, dtype="bfloat16")
     low_bit = generate(engines.get(None, saved, dtype="bfloat16"), PROMPTS, PARAMS)
     # 4 bits are not the model itself, but they speak alike.

@@ -4,6 +4,9 @@
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +183,33 @@ def test_of_several_processes_one_measures_and_all_agree(cache: Path) -> None:
     assert results[0][1] == results[1][1] == results[2][1]
 
 
+GROWTH = """
+import psutil, torch
+from vllm_subspec.weights.kernels import measured
+def make():
+    weight = torch.ones(1 << 20)
+    return lambda x: weight[:1]
+before = psutil.Process().memory_info().rss
+measured.seconds("some, float32", {"one": measured.Candidate(make, 1 << 20)})
+print("grown by", psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_what_was_measured_with_is_given_back(tmp_path: Path) -> None:
+    """Memory is planned by what the process holds. Here the allocator keeps all that is freed."""
+    keeps = {f"MALLOC_{name}_THRESHOLD_": str(1 << 40) for name in ("MMAP", "TRIM")}
+    own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH],
+        env={**own, **keeps, "VLLM_CACHE_ROOT": str(tmp_path)},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout.split("grown by")[1]) < 48 << 20
+
+
 def test_threads_are_as_before(cache: Path) -> None:
     threads = torch.get_num_threads()
     seconds("some, float32", {"one": Counted().candidate(1)})
@@ -264,7 +294,7 @@ def test_a_resident_linear_keeps_its_weight_where_ours_computes(
     with resident_linear.resident_linears():
         utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
     assert utils.dispatch_cpu_unquantized_gemm is before
-    assert (layer.cpu_linear is resident_linear._linear) == ours
+    assert (layer.cpu_linear is resident_linear.resident_linear) == ours
     assert torch.equal(layer.weight, weight)
     if not ours:
         return

@@ -7,6 +7,7 @@ It may use what the machine has, or what its control group allows.
 In a container the machine's memory is that of the node. Who plans with it is killed at the limit.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     for limit, used in _limits(root):
         total, available = min(total, limit), min(available, max(0, limit - used))
     return HostMemory(total, available)
+
+
+def release_freed() -> None:
+    """Give freed memory back to the system that the allocator, if it is glibc's, has kept: else it
+    counts as the process's own when memory is planned."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory() -> int:

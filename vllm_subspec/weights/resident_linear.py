@@ -81,7 +81,7 @@ def resident_linears() -> Iterator[None]:
         assert isinstance(weight, Tensor)
         plain = not weight.is_meta and weight.ndim == 2 and weight.is_contiguous()
         if plain and replaces_vllm(weight.dtype):
-            layer.cpu_linear = _linear
+            layer.cpu_linear = resident_linear
         else:
             original(layer, remove_weight)
 
@@ -92,8 +92,8 @@ def resident_linears() -> Iterator[None]:
         utils.dispatch_cpu_unquantized_gemm = original
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x`` [..., in] times ``weight`` [out, in]."""
+def resident_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` [..., in] times ``weight`` [out, in]: what takes the place of vLLM's `cpu_linear`."""
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = torch.ops.vllm_subspec.linear.default(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])

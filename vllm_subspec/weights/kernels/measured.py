@@ -30,6 +30,7 @@ from vllm.logger import init_logger
 
 from vllm_subspec import __version__
 from vllm_subspec.machine import isa, rates
+from vllm_subspec.weights.host_memory import release_freed
 from vllm_subspec.weights.kernels import native
 
 logger = init_logger(__name__)
@@ -185,6 +186,7 @@ def _figures(
             return found
         began = time.perf_counter()
         measured = measure()
+        release_freed()
         took = time.perf_counter() - began
         logger.info("Measured %s in %.1f s, kept in %s", name, took, path)
         _write(path, {**kept, name: measured})
