@@ -12,15 +12,13 @@ linears below.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
+from benchmarks import at_level
 from vllm_subspec.bench import environment, kernel_rates
 from vllm_subspec.bench.kernel_rates import Rate
 from vllm_subspec.machine import isa, rates
@@ -108,16 +106,8 @@ def main() -> int:
     levels = args.levels.split(",") if args.levels else machine
     results = []
     for level in levels:
-        command = [sys.executable, "-m", "benchmarks.kernels", "--one"]
-        command += ["--threads", str(args.threads), "--seconds", str(args.seconds)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, isa.VARIABLE: level, "VLLM_LOGGING_LEVEL": "ERROR"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        given = ("--threads", str(args.threads), "--seconds", str(args.seconds))
+        results.append(at_level.run("benchmarks.kernels", level, "--one", *given))
         print_table(results[-1])
     if args.out:
         about = {**environment.describe(), "threads": args.threads}

@@ -11,13 +11,11 @@ is a pass that streams every decoder layer.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import at_level
 from benchmarks.checkpoints import BUILD, PROMPTS, checkpoint
 from vllm_subspec.bench import environment
 from vllm_subspec.machine import isa
@@ -61,16 +59,15 @@ def main() -> int:
         return 0
     results = []
     for level in args.levels or [level.name for level in isa.machine_levels()]:
-        command = [sys.executable, "-m", "benchmarks.plain_pass", "--one", "--gib", str(args.gib)]
-        command += ["--repeats", str(args.repeats), "--tokens", str(args.tokens)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, isa.VARIABLE: level, "VLLM_LOGGING_LEVEL": "ERROR"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
+        size = (
+            "--gib",
+            str(args.gib),
+            "--repeats",
+            str(args.repeats),
+            "--tokens",
+            str(args.tokens),
         )
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        results.append(at_level.run("benchmarks.plain_pass", level, "--one", *size))
         print({name: results[-1][name] for name in ("level", "pass_over_disk")}, flush=True)
     if args.out:
         environment.write(args.out, {**environment.describe(), "levels": results})

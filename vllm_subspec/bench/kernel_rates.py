@@ -28,7 +28,7 @@ _READ_BYTES = 128 << 20  # of memory, at least and in a turn
 
 @dataclass(frozen=True)
 class Rate:
-    """Of products of one shape with one kernel."""
+    """How fast products of one shape are with one kernel."""
 
     tokens: int
     best: float  # seconds
@@ -42,7 +42,7 @@ class Rate:
         return self.nbytes / self.median / self.memory
 
     def share_of_arithmetic(self, float32: float) -> float:
-        """Of the operations/s of a float32 product."""
+        """Share of the operations/s of a float32 product."""
         return self.operations / self.best / float32
 
     def to_json_dict(self, float32: float) -> dict[str, float]:
@@ -63,7 +63,7 @@ def alternate(
     tokens: tuple[int, ...] = SHOWN,
     seconds: float = _SECONDS,
 ) -> dict[str, list[Rate]]:
-    """Of every candidate that can compute, by tokens; all in turns, on weights out of cache.
+    """Rates of every candidate that can compute, by tokens; all take turns, out of cache.
 
     Args:
         shape: of the candidates' weights.
@@ -109,7 +109,7 @@ def alternate(
 
 
 def chosen(dtype: torch.dtype = torch.bfloat16) -> dict[str, list[Rate]]:
-    """Of the kernels that an engine would take here, by what they compute."""
+    """Rates of the kernels that an engine would take here, by what they compute."""
     found: dict[str, list[Rate]] = {}
     for bits in (4, 8):
         kernel, _ = choose(bits, None, torch.device("cpu"), dtype)

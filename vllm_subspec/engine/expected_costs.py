@@ -27,7 +27,7 @@ _TRIES = 2
 
 
 def expected_costs(loading: Loading, target: Any, hidden: int) -> ExpectedCosts | None:
-    """Of one request; None where nothing streams, or where experts are drafted with.
+    """Expected costs of one request; None where nothing streams, or experts draft.
 
     Args:
         target: a vLLM model, with its streamed weights in the ring's slots.
@@ -54,7 +54,7 @@ def expected_costs(loading: Loading, target: Any, hidden: int) -> ExpectedCosts 
 
 
 def _stream_seconds(loading: Loading) -> float | None:
-    """Of all streamed weights, at the rate of the passes that have warmed the engine up."""
+    """Time to stream all weights once, at the rate of the passes that have warmed the engine up."""
     ring = loading.ring
     if ring is None or not ring.transfer.read_seconds or not ring.stats.bytes_streamed:
         return None
@@ -62,7 +62,7 @@ def _stream_seconds(loading: Loading) -> float | None:
 
 
 def _product_seconds(loading: Loading, tokens: int, dtype: torch.dtype) -> float:
-    """Of the target's linears: one streamed layer speaks for all of them, and one resident."""
+    """Time of the target's linears: one streamed layer speaks for all of them, and one resident."""
     layers, plan = loading.offloader.layers, loading.plan
     return sum(
         len(alike) * _layer_seconds(layers[alike[0]], tokens, dtype)

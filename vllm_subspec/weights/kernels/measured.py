@@ -81,7 +81,7 @@ def machine() -> dict[str, str | int]:
 
 
 def seconds(family: str, candidates: Mapping[str, Candidate]) -> dict[str, Seconds]:
-    """Of each candidate, by tokens: measured, or kept from an earlier start.
+    """Seconds of each candidate, by tokens: measured, or kept from an earlier start.
 
     Args:
         family: what they compute, such as "4 bits, bfloat16": figures are kept by it, and it ends

@@ -36,30 +36,10 @@ constexpr int64_t kFullValuesPerThread = 1 << 15;  // of activations to pack
 // How a step of columns of a weight is multiplied. Activations are packed into steps once a call.
 //   kStep: columns; kPhases: vectors of them; Packed: an activation; pack: of a step of columns
 
-// Of 32-bit words with two weights each, the lower halves are the even columns.
-struct BFloat16Products {
-  using Element = BFloat16;
-  using Packed = float;
-  static constexpr int64_t kStep = 2 * kLanes;
-  static constexpr int kPhases = 2;
-
-  template <int kPhase>
-  static SUBSPEC_INLINE Floats weight(const Element* w) {
-    const Ints words = load_ints(w);
-    return as_floats(kPhase == 0 ? up<16>(words) : upper_halves(words));
-  }
-  static SUBSPEC_INLINE Floats activation(const Packed* x) { return load(x); }
-  static SUBSPEC_INLINE Floats multiply_add(Floats w, Floats x, Floats sum) {
-    return subspec::multiply_add(w, x, sum);
-  }
-  static SUBSPEC_INLINE void pack(const Element* x, Packed* to) {
-    store(to, weight<0>(x));
-    store(to + kLanes, weight<1>(x));
-  }
-};
-
+// Weights widened to float32. Of 32-bit words with two bfloat16 each, the lower halves are the even
+// columns, so a step of them is multiplied as its even and its odd columns.
 template <typename T>
-struct PlainProducts {
+struct WidenedProducts {
   using Element = T;
   using Packed = float;
   static constexpr int64_t kStep = 2 * kLanes;
@@ -67,7 +47,12 @@ struct PlainProducts {
 
   template <int kPhase>
   static SUBSPEC_INLINE Floats weight(const Element* w) {
-    return load(w + kPhase * kLanes);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const Ints words = load_ints(w);
+      return as_floats(kPhase == 0 ? up<16>(words) : upper_halves(words));
+    } else {
+      return load(w + kPhase * kLanes);
+    }
   }
   static SUBSPEC_INLINE Floats activation(const Packed* x) { return load(x); }
   static SUBSPEC_INLINE Floats multiply_add(Floats w, Floats x, Floats sum) {
@@ -309,12 +294,12 @@ struct Full {
 template <typename Call>
 SUBSPEC_INLINE void with_products(Type type, Call call) {
   switch (type) {
-    case Type::kFloat32: return call(static_cast<PlainProducts<float>*>(nullptr));
-    case Type::kFloat16: return call(static_cast<PlainProducts<Float16>*>(nullptr));
+    case Type::kFloat32: return call(static_cast<WidenedProducts<float>*>(nullptr));
+    case Type::kFloat16: return call(static_cast<WidenedProducts<Float16>*>(nullptr));
 #ifdef __AVX512BF16__
     case Type::kBFloat16: return call(static_cast<BFloat16Pairs*>(nullptr));
 #else
-    case Type::kBFloat16: return call(static_cast<BFloat16Products*>(nullptr));
+    case Type::kBFloat16: return call(static_cast<WidenedProducts<BFloat16>*>(nullptr));
 #endif
   }
 }
