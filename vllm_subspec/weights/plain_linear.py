@@ -54,6 +54,8 @@ def plain_linear(device: torch.device, dtype: torch.dtype) -> Linear:
     """The linear for weights of ``dtype`` that lie on ``device``."""
     if device.type != "cpu":
         return functional.linear
+    told = ", ".join(f"from {tokens} tokens on {name}" for tokens, name in choice(dtype))
+    logger.info_once("Streamed linears of %s: %s.", dtype, told)
     only_own = {name for _, name in choice(dtype)} == {OWN}
     linear: Linear = _own if only_own else torch.ops.vllm.subspec_plain_linear
     return linear

@@ -17,11 +17,14 @@ import torch
 import vllm._custom_ops as ops
 from torch import Tensor
 from torch.nn import functional
+from vllm.logger import init_logger
 from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
 
 from vllm_subspec.weights.kernels import measured
 from vllm_subspec.weights.plain_linear import OWN, own_linear
+
+logger = init_logger(__name__)
 
 VLLM = "vLLM's packed"
 FALLBACK = "vLLM's fallback"
@@ -67,7 +70,9 @@ def replaces_vllm(dtype: torch.dtype) -> bool:
     theirs = found.get(VLLM) or found.get(FALLBACK)
     if OWN not in found or theirs is None:
         return False
-    return measured.typical(found[OWN]) < measured.typical(theirs)
+    ours = measured.typical(found[OWN]) < measured.typical(theirs)
+    logger.info_once("Resident linears of %s are %s.", dtype, "our own" if ours else "vLLM's")
+    return ours
 
 
 @contextlib.contextmanager
