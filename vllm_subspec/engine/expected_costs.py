@@ -21,6 +21,7 @@ from vllm_subspec.core.cost import ExpectedCosts
 from vllm_subspec.engine import ranks
 from vllm_subspec.engine.loading import Loading
 from vllm_subspec.weights.kernels import SubstituteKernel
+from vllm_subspec.weights.ring import Ring
 
 _TOKENS = (1, 32)
 _TRIES = 2
@@ -33,10 +34,12 @@ def expected_costs(loading: Loading, target: Any, hidden: int) -> ExpectedCosts 
         target: a vLLM model, with its streamed weights in the ring's slots.
         hidden: width of its hidden state.
     """
-    stream = _stream_seconds(loading)
+    if loading.ring is None:
+        return None
+    stream = _stream_seconds(loading, loading.ring)
     found = list(loading.substitutes.values())
     kernels = [kernel for kernel in found if isinstance(kernel, SubstituteKernel)]
-    if stream is None or len(kernels) < len(found):
+    if len(kernels) < len(found):
         return None
     dtype = next(target.parameters()).dtype
     step, verify = [], []
@@ -46,19 +49,25 @@ def expected_costs(loading: Loading, target: Any, hidden: int) -> ExpectedCosts 
             products = [_seconds(kernel, tokens, kernel.columns, dtype) for kernel in kernels]
             step.append(head + sum(products))
             verify.append(max(stream, head + _product_seconds(loading, tokens, dtype)))
-    agreed = ranks.agree([*step, *verify])
+    # All ranks have come here, whatever each has read: logits are computed by all of them together.
+    stream, *agreed = ranks.agree([stream, *step, *verify])
+    if not stream:
+        return None
     return ExpectedCosts(
         dict(zip(_TOKENS, agreed[: len(step)], strict=True)),
         dict(zip(_TOKENS, agreed[len(step) :], strict=True)),
     )
 
 
-def _stream_seconds(loading: Loading) -> float | None:
-    """Time to stream all weights once, at the rate of the passes that have warmed the engine up."""
-    ring = loading.ring
-    if ring is None or not ring.transfer.read_seconds or not ring.stats.bytes_streamed:
-        return None
-    return loading.plan.store_bytes * ring.transfer.read_seconds / ring.stats.bytes_streamed
+def _stream_seconds(loading: Loading, ring: Ring) -> float:
+    """Time to stream all weights once, at the rate of the reads so far: those that fill the ring
+    before the first pass, and those of passes that warm up. 0 before any has ended."""
+    reads = ring.transfer.loads
+    if not reads:
+        return 0.0
+    seconds = sum(read.ended - read.began for read in reads)
+    nbytes = sum(ring.block_nbytes[read.block] for read in reads)
+    return loading.plan.store_bytes * seconds / nbytes
 
 
 def _product_seconds(loading: Loading, tokens: int, dtype: torch.dtype) -> float:

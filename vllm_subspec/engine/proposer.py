@@ -49,7 +49,7 @@ class DraftProposer:
         self.log = RoundLog(options.limit)
         self._traced = vllm_config.observability_config.otlp_traces_endpoint is not None
         self._drafters: dict[tuple[int, int, Pruning, bool], Drafter] = {}
-        self._expected: ExpectedCosts | None = None
+        self.expected: ExpectedCosts | None = None
         self._pass_began: float | None = None
         self._pass_ended = 0.0
         self._drafted = (0.0, 0.0)  # when the last drafting began and ended
@@ -83,13 +83,13 @@ class DraftProposer:
         key = (branching, depth, pruning, hierarchy)
         if key not in self._drafters:
             self._drafters[key] = self._models.drafter(*key)
-            if self._expected is not None:
-                self._drafters[key].expect(self._expected)
+            if self.expected is not None:
+                self._drafters[key].expect(self.expected)
         self.drafter = self._drafters[key]
 
     def expect(self, costs: ExpectedCosts) -> None:
         """What rounds of all drafters are expected to cost, before the first one."""
-        self._expected = costs
+        self.expected = costs
         for drafter in self._drafters.values():
             drafter.expect(costs)
 
